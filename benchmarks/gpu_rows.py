@@ -85,13 +85,13 @@ def straight(src: torch.dtype, dst: torch.dtype, shift: int, nbytes: int) -> Cas
     )
 
 
-def pitched(nbytes: int) -> Case:
-    """A row-parallel cut: an eighth of every row."""
+def pitched(shift: int, nbytes: int) -> Case:
+    """A row-parallel cut: an eighth of every row, beginning `shift` elements past an aligned address."""
     high = nbytes // (8192 * 4)
-    source = torch.randn((high, 8192), device="cuda")[:, 1024:2048]
+    source = torch.randn((high, 8192), device="cuda")[:, 1024 + shift : 2048 + shift]
     out = torch.full((high, 1024), math.nan, dtype=torch.bfloat16, device="cuda")
     return Case(
-        "gather_cast fp32->bf16 columns",
+        f"gather_cast fp32->bf16 columns{' misaligned' if shift else ''}",
         f"{high}x8192, an eighth",
         lines(source, out, (high, 1024), 8192),
         source.numel() * 6,
@@ -119,18 +119,21 @@ def slivers(nbytes: int) -> Case:
     )
 
 
-def transposed(src: torch.dtype, dst: torch.dtype, rows: int, cols: int, nbytes: int) -> Case:
-    """As many matrices as are well past the cache, one Copy row each, in one launch."""
+def transposed(src: torch.dtype, dst: torch.dtype, rows: int, cols: int, nbytes: int, parts: int = 1) -> Case:
+    """As many matrices as are well past the cache in one launch, a Copy row for each of `parts` that hold as
+    many rows of one."""
     s, d = src.itemsize, dst.itemsize
-    count = max(1, nbytes // (rows * cols * s))
+    count, high = max(1, nbytes // (rows * cols * s)), rows // parts
     source = torch.randn((count, rows, cols), device="cuda").to(src)
     out = torch.full((count, cols, rows), math.nan, dtype=dst, device="cuda")
-    table = np.zeros(count, COPY)
-    table["shape"] = [1, 1, cols, rows]
+    table = np.zeros(count * parts, COPY)
+    table["shape"] = [1, 1, cols, high]
     table["src_stride"], table["dst_stride"] = [0, 0, s, cols * s], [0, 0, rows * d, d]
-    table["src"], table["dst"] = (np.arange(count) * rows * cols * x for x in (s, d))
+    matrix, part = np.divmod(np.arange(count * parts), parts)
+    table["src"] = (matrix * rows + part * high) * cols * s
+    table["dst"] = (matrix * rows * cols + part * high) * d
     return Case(
-        f"transpose {short(src)}->{short(dst)} {rows}x{cols}",
+        f"transpose {short(src)}->{short(dst)} {rows}x{cols}{f' in {parts} parts' if parts > 1 else ''}",
         f"{count} of {rows}x{cols}",
         run_of(table, source, out),
         count * rows * cols * (s + d),
@@ -289,10 +292,11 @@ def chunk_cat(dst: torch.dtype, nbytes: int) -> Case:
 def files_to_gpu(src: torch.dtype, small: bool) -> Case:
     """safetensors in the page cache to bf16 on the GPU, against pinned H2D of the bytes that arrive.
 
-    Time by the wall, planning included: enough bytes that its few milliseconds are a small part."""
+    Time by the wall, planning included: enough bytes (2 GiB arrive) that its two milliseconds are a small
+    part, and few enough that a slow disk keeps nobody waiting."""
     from safetensors.torch import load_file, save_file
 
-    count, side = (2, 128) if small else (128, 4096)
+    count, side = (2, 128) if small else (64, 4096)
     weights = {f"{k}": torch.randn((side, side), device="cuda").to(src).cpu() for k in range(count)}
     nbytes = sum(t.numel() * 2 for t in weights.values())
     there = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
@@ -334,12 +338,17 @@ def cases(small: bool) -> Makers:
     for src, dst, shift in ((f32, bf16, 0), (bf16, bf16, 0), (bf16, f32, 0), (f32, bf16, 1), (bf16, bf16, 1)):
         name = f"gather_cast {short(src)}->{short(dst)}{' misaligned' if shift else ''}"
         yield name, lambda s=src, d=dst, k=shift: straight(s, d, k, two)
-    yield "gather_cast fp32->bf16 columns", lambda: pitched(two)
+    yield "gather_cast fp32->bf16 columns", lambda: pitched(0, two)
+    yield "gather_cast fp32->bf16 columns misaligned", lambda: pitched(1, two)
     yield "gather_cast fp32->bf16 slivers", lambda: slivers(two)
     for src, dst in ((f32, f32), (bf16, bf16), (f32, bf16)):
         for rows, cols in ((128, 256),) if small else ((4096, 4096), (16384, 8192), (14336, 4096)):
             name = f"transpose {short(src)}->{short(dst)} {rows}x{cols}"
             yield name, lambda s=src, d=dst, r=rows, c=cols: transposed(s, d, r, c, one)
+    rows, cols, parts = (128, 256, 8) if small else (1024, 4096, 64)
+    for src in (f32, bf16):
+        name = f"transpose {short(src)}->bf16 {rows}x{cols} in {parts} parts"
+        yield name, lambda s=src, r=rows, c=cols, p=parts: transposed(s, bf16, r, c, one, p)
     for nbytes in (4 << 20,) if small else (2 << 30, 8 << 30):
         yield f"digest xxh3-64, {nbytes >> 20} leaves", lambda n=nbytes: digested(n)
     for scheme in ("fp8-block", "int8"):

@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(next(iter(fastckpt.__path__)))
 
-CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "plainjson", "placement", "target")
+CORE = (
+    "errors",
+    "dtypes",
+    "paths",
+    "extents",
+    "views",
+    "stored",
+    "checkpoint",
+    "plainjson",
+    "placement",
+    "target",
+)
 MODEL = ("roles", "mixers", "model")
 PLAIN = (*CORE, *MODEL)
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
@@ -34,14 +45,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "native": ("errors", "__init__", "_C"),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
-    "extents": CORE[:2],
-    "views": CORE[:3],
-    "stored": CORE[:4],
-    "checkpoint": (*CORE[:4], "placement"),
-    "plainjson": (*CORE[:4], "checkpoint"),
-    "placement": CORE[:4],
+    "paths": CORE[:1],
+    "extents": CORE[:3],
+    "views": CORE[:4],
+    "stored": CORE[:5],
+    "checkpoint": (*CORE[:5], "placement"),
+    "plainjson": (*CORE[:5], "checkpoint"),
+    "placement": CORE[:5],
     "schemes": CORE[:2],
-    "target": (*CORE[:4], "schemes"),
+    "target": (*CORE[:5], "schemes"),
     "roles": CORE,
     "mixers": (*CORE, "roles"),
     "model": (*CORE, "roles", "mixers"),
@@ -98,34 +110,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (*CORE, "digest", "rereading", *FILES, "expectation", "sources"),
     # The way back, through sources, recipes and layouts.
     "inverse": CORE,
-    "uniting": (*PLAIN, "inverse", "layouts"),
+    "uniting": (*PLAIN, "digest", "inverse", "layouts"),
     "megatron": (*PLAIN, "uniting", "sources", "recipes", "layouts", "configs"),
-    "joining": (
-        *PLAIN,
-        "collector",
-        "digest",
-        "manifest",
-        "uniting",
-        "megatron",
-        "sources",
-        "recipes",
-        "layouts",
-        "configs",
-    ),
-    "opening": (*CORE, "sources", "joining"),
-    "expectation": (*PLAIN, "manifest", "sources", "layouts", "joining"),
+    "recorded": (*PLAIN, "collector", "digest", "manifest", "uniting", "recipes", "layouts"),
+    "opening": (*CORE, "collector", "sources", "configs", "recorded", "megatron"),
+    "expectation": (*PLAIN, "manifest", "sources", "layouts", "recorded"),
     "foreign": (*PLAIN, "sources", "recipes", "layouts", "uniting", "opening"),
     "adapter_settings": (*CORE, "sources"),
     "adapter_pairs": (*CORE, "adapter_settings"),
-    "adapters": (*PLAIN, "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
+    "adapters": (*PLAIN, "digest", "nowhere", "lowrank", "sources", "adapter_settings", "adapter_pairs"),
     "adapter_shards": (*PLAIN, "nowhere", "finishes", "adapters"),
     # The spine.
     "planned": (*CORE, "copies", "batches", "files"),
-    "plancache": (*CORE, "copies", "planned", "schemes", "quantised_targets"),
+    "plancache": (*CORE, "digest", "copies", "planned", "schemes", "quantised_targets"),
     "request": (*CORE, "layouts", "schemes"),
     "configs": (*CORE, "request"),
     "resolving": (
         *PLAIN,
+        "digest",
         "adapters",
         "adapter_shards",
         "quantised_sources",
@@ -329,7 +331,7 @@ TORCH |= {
 TORCH_IN_FUNCTIONS = {"sources/memory", "running/runs", "road", "quant", "zero_to_fp32", "doors/demo"}
 """Where torch may be imported. The first are themselves imported inside functions only."""
 
-FLOORS = ("planning", "computed", "quantisation", "output", "running", "verification", "doors")
+FLOORS = ("planning", "computed", "quantisation", "output", "running", "joining", "verification", "doors")
 """Packages that only hold together rooms of one kind; each module there is a room with arrows of its own."""
 
 VAGUE = {"utils", "util", "common", "helpers", "base", "misc"}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .errors import SourceError as SourceError
     from .errors import ViewError as ViewError
     from .errors import WriteError as WriteError
-    from .foreign import open_shards as open_shards
+    from .joining.foreign import open_shards as open_shards
     from .layouts.hf import Hf as Hf
     from .layouts.megatron import Megatron as Megatron
     from .layouts.rtp_llm import RtpLlm as RtpLlm
@@ -98,7 +98,7 @@ _HOME = {
     "SCHEMES": "quantisation.schemes",
     "Quant": "quantisation.schemes",
     "open": "opening",
-    "open_shards": "foreign",
+    "open_shards": "joining.foreign",
     "partitioned": "sources.memory",
     "VerifyReport": "verification.outputs",
     "verify": "verification.outputs",

@@ -47,13 +47,23 @@ class Single:
     make: Callable[[], View]
     kind: str = "parameter"
 
+    @staticmethod
+    def of(view: View) -> Single:
+        """The entry of a view at hand."""
+        return Single(view.shape, view.dtype, lambda: view)
+
     def build(self) -> View:
         """Its view."""
         return self.make()
 
 
+def moved(entry: Entry, extents: Extents, first: int = 0) -> Entry:
+    """The entry over a table that holds its own extents from number `first` on."""
+    return Single(entry.shape, entry.dtype, lambda: entry.build().over(extents, first), entry.kind)
+
+
 class _Cast:
-    """An entry whose view is cast to `dtype`."""
+    """An entry whose view is cast to `dtype`. It is made at every look-up, so that it has to be light."""
 
     __slots__ = ("_stored", "dtype")
 

@@ -366,7 +366,7 @@ def _fields(record: Report | VerifyReport) -> dict[str, JSON]:
 
 
 def _opened(args: argparse.Namespace) -> Checkpoint:
-    from .foreign import open_shards
+    from .joining.foreign import open_shards
     from .opening import open
 
     cut = serving_options.foreign(args)

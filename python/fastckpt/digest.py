@@ -1,4 +1,4 @@
-"""The one digest of tensor bytes, and the CRC32 of torch's zip files.
+"""The one digest of tensor bytes, that of plain values, and the CRC32 of torch's zip files.
 
 Law: the digest of a run of bytes is xxh3-64 (seed 0) over the little-endian u64 xxh3-64 of its 1 MiB
 leaves, so that threads and devices can take leaves apart and the result is the same everywhere.
@@ -6,6 +6,7 @@ leaves, so that threads and devices can take leaves apart and the result is the 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable
 from functools import lru_cache
@@ -54,6 +55,11 @@ def digest(data: Bytes) -> str:
     """The digest of bytes at hand: 16 hex digits."""
     offsets = np.arange(0, len(data), LEAF, dtype=np.int64)
     return combine(leaf_digests(data, offsets, np.minimum(len(data) - offsets, LEAF)))
+
+
+def values_digest(values: object) -> str:
+    """xxh3-128 of plain values, as JSON has them with keys in order: 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 class Digesting:

@@ -1,6 +1,6 @@
 """What mixes the tokens of a layer: attention in its kinds, and what stands in its place.
 
-Law: as `model` has it.
+Law: that of `model`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from .mixers import Attends, Attention, DeltaHeads, Mamba, MambaHeads
@@ -40,6 +41,14 @@ class Lazy(Generic[Role]):
 
     def __iter__(self) -> Iterator[Role]:
         return (self[i] for i in range(len(self)))
+
+    def map(self, change: Callable[[Role], Role]) -> Lazy[Role]:
+        """What `change` makes of each, when it is first asked for."""
+
+        def build(index: int) -> Role:
+            return change(self[index])
+
+        return Lazy([partial(build, i) for i in range(len(self))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,14 @@ class Layers:
 
     def __iter__(self) -> Iterator[Layer]:
         return (self[i] for i in range(len(self)))
+
+    def map(self, change: Callable[[Layer], Layer]) -> Layers:
+        """What `change` makes of each, when it is asked for."""
+
+        def build(index: int) -> Layer:
+            return change(self[index])
+
+        return Layers([partial(build, i) for i in range(len(self))])
 
 
 @dataclass(frozen=True, slots=True)

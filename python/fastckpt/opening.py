@@ -1,6 +1,6 @@
 """What a path, a dict of tensors or an opened checkpoint is to the verbs: one whole model, where it is one.
 
-`sources` reads what lies there, `joining` makes shards the model they were cut from.
+`sources` reads what lies there; what stands in `joining/` makes shards the model they were cut from.
 """
 
 from __future__ import annotations
@@ -10,8 +10,16 @@ from collections.abc import Iterable, Mapping
 
 from . import sources
 from .checkpoint import JSON, Checkpoint
-from .joining import join
+from .collector import paused
+from .errors import expect
+from .joining import recorded
+from .planning import configs
+from .sources import ties
 from .sources.megatron_args import FORMAT as MEGATRON
+from .sources.served import SHARDS
+
+TIES_UNSAID = ("dcp", "fsdp", "meta", "safetensors", "statedict")
+"""Formats that do not, or not always, say which names are one tensor."""
 
 
 def open(
@@ -49,3 +57,25 @@ def open_joined(
 ) -> Checkpoint:
     """What a verb was given, as one whole model. Raises SourceError for what cannot be opened or joined."""
     return join(ckpt if isinstance(ckpt, Checkpoint) else sources.open(ckpt), recipe, config)
+
+
+@paused()
+def join(
+    ckpt: Checkpoint,
+    recipe: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
+) -> Checkpoint:
+    """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is,
+    its names tied where the config says so and samples agree.
+
+    `recipe`, `config` as in `open`. Raises SourceError where it is not said of which model the parts are, or
+    they do not hold every element."""
+    expect("config", config, str, os.PathLike, Mapping, type(None))
+    expect("recipe", recipe, str, type(None))
+    if ckpt.format == MEGATRON:
+        from .joining import megatron
+
+        return megatron.join(ckpt, recipe, config)
+    if ckpt.format in TIES_UNSAID and (config is not None or ckpt.config is not None):
+        return ties.tied(ckpt, configs.found(ckpt, config))
+    return recorded.join(ckpt, recipe) if ckpt.format == SHARDS else ckpt

@@ -63,6 +63,11 @@ class Placement:
         """This rank's pipeline stage."""
         return self.rank // (self.tp * self.dp)
 
+    @property
+    def stage_rank(self) -> int:
+        """This rank's place among the tp * dp ranks of its stage."""
+        return self.rank % (self.tp * self.dp)
+
     def at(self, rank: int) -> Placement:
         """The same grid seen from `rank`."""
         return replace(self, rank=rank)

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .digest import LEAF
-from .errors import SourceError, WriteError
-from .extents import Buffer, File, fresh, let_go
+from .errors import SourceError, WriteError, naming
+from .extents import Buffer, File, fresh
+from .paths import fill, let_go
 from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16
@@ -197,34 +198,23 @@ class PositionedLane:
         self.runner.run(rows, destinations)
 
     def _read(self, place: int, offset: int, into: memoryview) -> None:
-        fd = self._fd(place)
-        done = 0
-        while done < len(into):
-            try:
-                got = os.preadv(fd, [into[done:]], offset + done)
-            except OSError as e:
-                raise SourceError(f"{self._path(place)}: byte {offset + done}: {e.strerror}") from None
-            if got == 0:
-                raise SourceError(
-                    f"{self._path(place)}: ends at byte {offset + done}, wanted {offset + len(into)}; "
-                    "it was truncated while it was read"
-                )
-            done += got
+        at = self.reader.places[place]
+        assert isinstance(at, File)  # what lies in a buffer is not read
+        fd = self._fd(place, at)
+        try:
+            with naming(at.path):
+                fill(into, fd, offset)
+        except OSError as e:
+            raise SourceError(f"{at.path}: {e.strerror} from byte {offset} on") from None
 
-    def _fd(self, place: int) -> int:
+    def _fd(self, place: int, at: File) -> int:
         """The descriptor of a place that is a file; the one opened first gives way beyond OPEN."""
         if place not in self.fds:
             if len(self.fds) >= OPEN:
                 let_go(self.fds.pop(next(iter(self.fds))))
-            at = self.reader.places[place]
-            assert isinstance(at, File)
             self.fds[place] = _open(at)
             self.used.add(place)
         return self.fds[place]
-
-    def _path(self, place: int) -> str:
-        at = self.reader.places[place]
-        return at.path if isinstance(at, File) else "buffer"
 
 
 def packed(row: np.void, gap: int) -> tuple[NDArray[np.int64], int, list[int]]:

@@ -1,6 +1,6 @@
 """The leaves of a model's tree: matrices, norms, tables and single tensors, each for what it is.
 
-Law: as `model` has it.
+Law: that of `model`.
 """
 
 from __future__ import annotations

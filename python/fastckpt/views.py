@@ -315,6 +315,14 @@ class View:
             _check_cast(code, self.dtype.code, dtype.code)
         return View(self.shape, dtype, self.extents, held, self.grouping)
 
+    def over(self, extents: Extents, first: int = 0) -> View:
+        """The same view over a table that holds its own extents from number `first` on."""
+        held = self.held
+        if first:
+            held = held.copy()
+            held[held[:, _EXTENT] != ZERO, _EXTENT] += first
+        return View(self.shape, self.dtype, extents, held, self.grouping)
+
     def as_stored(self) -> View:
         """The same elements before they were cast. A ViewError where they are stored in several dtypes."""
         codes = set(self.held[self.held[:, _EXTENT] != ZERO, _STORED].tolist())

@@ -90,7 +90,43 @@ def test_a_rank_does_not_come(tmp_path: Path) -> None:
     start(2, "late", tmp_path / "none")
 
 
+def test_what_is_refused(tmp_path: Path) -> None:
+    start(2, "refused", tmp_path / "ck")
+
+
 # ---- what each rank runs ----
+
+
+def ranks_refused(root: str) -> None:
+    """What are no parts of one tensor, and places that cannot take one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    rank = torch.distributed.get_rank()
+    said = f"rank {1 - rank} of None was asked for, torch.distributed says {rank} of 2"
+    with pytest.raises(ManagerError, match=said):
+        CheckpointManager(root, rank=1 - rank)
+    mesh, plain = init_device_mesh("cpu", (2,)), torch.arange(4.0)
+    rows = distribute_tensor(plain, mesh, [Shard(0)])
+    sums = DTensor.from_local(plain, mesh, [Partial()])
+    drifted = DTensor.from_local(plain + rank, mesh, [Replicate()], run_check=False)
+    with CheckpointManager(root) as manager:
+        for held, said in (
+            (sums, "x: placement .* is no plain shard"),
+            (drifted, "x is replicated, but ranks 0 and 1 hold different bytes"),
+            (
+                rows if rank else plain,
+                r"x is float32 \(4,\) on rank 0, float32 \(2,\), a part of \(4,\) on rank 1",
+            ),
+        ):
+            with pytest.raises(ManagerError, match=said):
+                manager.save(0, {"x": held})
+        assert manager.steps() == []
+        manager.save(0, {"rows": rows, "own": plain + rank})
+        with pytest.raises(ManagerError, match="own is not cut over ranks, the template's is"):
+            manager.restore(0, names=["own"], template={"own": rows})
+        with pytest.raises(ManagerError, match="rows is cut over a device mesh and the template has none"):
+            manager.restore(0, template={"own": torch.zeros(4)})
 
 
 def ranks_groups(root: str) -> None:
@@ -196,6 +232,7 @@ if __name__ == "__main__":
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     run = {"save": ranks_save, "other": ranks_other, "groups": ranks_groups, "late": ranks_late}
+    run["refused"] = ranks_refused
     run[sys.argv[1]](sys.argv[2])
     torch.distributed.destroy_process_group()
     # destroy_process_group leaves a group alive that torch's own caches hold (DTensor's). A thread of it

@@ -98,6 +98,14 @@ def test_an_engine_never_sees_wrong_bytes(tmp_path: Path, as_ranks: AsRanks) -> 
     assert as_ranks(2, tmp_path, work) == [0, 0]
 
 
+def test_an_engine_that_finds_nothing(tmp_path: Path) -> None:
+    """More ranks than the engine's files are of, as it sees them."""
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, Engine(0, 5))
+        with pytest.raises(ManagerError, match="step-00000000/engine: the engine found nothing to load"):
+            manager.restore(template=Engine(1))
+
+
 def test_an_engine_that_fails(tmp_path: Path, as_ranks: AsRanks) -> None:
     class Broken(Engine):
         def save_checkpoint(self, save_dir: str, tag: str, client_state: dict[str, object]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.digest import LEAF
-from fastckpt.errors import FastckptError, ManagerError, WriteError
+from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
 from fastckpt.manager import commits, coordination, loading, opened, saving
 from fastckpt.manager.commits import Store
 from fastckpt.manager.coordination import Group
@@ -136,6 +136,13 @@ def freed(size: int) -> torch.Tensor:
     return tensor
 
 
+def partitioned() -> torch.Tensor:
+    """As DeepSpeed leaves a parameter whose parts other ranks hold."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_id = 3  # type: ignore[attr-defined]
+    return parameter
+
+
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
@@ -143,8 +150,10 @@ def freed(size: int) -> torch.Tensor:
         (torch.empty(2, device="meta"), "no plain memory"),
         (freed(4096), "no plain memory"),
         (torch.ones(2, dtype=torch.complex128), "safetensors cannot spell"),
+        (torch.empty(2, dtype=torch.bits8), "x is torch.bits8, which fastckpt does not know"),
+        (partitioned(), "x is partitioned by DeepSpeed; give the engine, not its module"),
     ],
-    ids=["sparse", "meta", "freed", "complex128"],
+    ids=["sparse", "meta", "freed", "complex128", "bits8", "ZeRO-3"],
 )
 @pytest.mark.parametrize("copy", [False, True])
 def test_tensors_that_are_refused(tmp_path: Path, tensor: torch.Tensor, said: str, copy: bool) -> None:
@@ -404,6 +413,41 @@ def test_no_room_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pyte
     assert not written
 
 
+def test_a_commit_that_a_disk_lost_before_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = Store.seal
+
+    def lost(store: Store, step: int, token: str, *, aside: bool) -> None:
+        os.unlink(os.path.join(store.saving(step, token), "fastckpt.json"))
+        seal(store, step, token, aside=aside)
+
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"n": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "seal", lost)
+            with pytest.raises(WriteError, match=r"\.saving-step-00000001-.*fastckpt\.json: no such file"):
+                manager.save(1, {"n": 2}, overwrite=True)
+        assert manager.restore() == {"n": 1}
+    assert not [e for e in os.listdir(tmp_path) if e.startswith((".saving", ".trash"))]
+
+
+def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(2):
+            manager.save(step, {"x": torch.full((3,), step)})
+        preadv = os.preadv
+
+        def bad(fd: int, into: Any, offset: int) -> int:
+            if "step-00000001" in os.readlink(f"/proc/self/fd/{fd}"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return preadv(fd, into, offset)
+
+        monkeypatch.setattr(os, "preadv", bad)
+        with pytest.raises(SourceError, match=r"state\.safetensors: x: Input/output error$"):
+            manager.restore(1)
+        with pytest.warns(CheckpointWarning, match="COMMIT 1 IS BROKEN"):
+            assert manager.restore()["x"].tolist() == [0] * 3  # type: ignore[index]
+
+
 # ---- resuming ----
 
 
@@ -418,7 +462,13 @@ def test_resume_step(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["epochs"] == [0, 1, 2] and told["params"]["root"] == str(tmp_path / "ck")
     assert list(told["stats"]["checkpoint_save"]) == [str(tmp_path / "ck/step-00000002/rank-00000")]
-    shutil.rmtree(tmp_path / "ck/step-00000002")
+    with CheckpointManager(tmp_path / "ck") as manager:
+        manager.save(3, {})
+    manager = CheckpointManager(tmp_path / "ck", metadata=JsonMetadata(tmp_path / "told.json"))
+    with manager, pytest.warns(CheckpointWarning, match="metadata knows of step 2, step 3 stands"):
+        assert manager.resume_step() == 3
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"ck/step-0000000{step}")
     manager = CheckpointManager(tmp_path / "ck", metadata=JsonMetadata(tmp_path / "told.json"))
     with manager, pytest.warns(CheckpointWarning, match=r"metadata says step 2.*resuming 1"):
         assert manager.resume_step() == 1
@@ -518,9 +568,15 @@ def test_a_manager_that_cannot_be_made_lets_go_of_the_ranks(
 
 
 def test_what_would_only_be_found_out_later_is_refused(tmp_path: Path) -> None:
-    for wrong, said in (({"best_mode": "mid"}, "mode 'mid'"), ({"timeout": 0}, "timeout: wanted seconds")):
+    (tmp_path / "file").write_text("")
+    for wrong, said in (
+        ({"best_mode": "mid"}, "mode 'mid'"),
+        ({"timeout": 0}, "timeout: wanted seconds"),
+        ({"path_type": "hdfs"}, f"path type 'hdfs' for {tmp_path}/.*: wanted local, or fsspec for a URL"),
+        ({"rank": 0, "world": 2}, r"file/\.fastckpt-meeting: Not a directory"),
+    ):
         with pytest.raises(ManagerError, match=said):
-            CheckpointManager(tmp_path, **wrong)
+            CheckpointManager(tmp_path / "file", **wrong)
     with (
         CheckpointManager(tmp_path) as manager,
         pytest.raises(ManagerError, match="metric loss: wanted a number, got 'low'"),
@@ -551,6 +607,10 @@ def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.
             manager.save(0, {"x": 1}, client_state={"epoch": 1})
         with pytest.raises(ManagerError, match="no valid commit to restore"):
             manager.restore()
+        manager.save(0, {"x": torch.ones(1)})
+        for template in ([torch.ones(1)], {"x": 1}):
+            with pytest.raises(ManagerError, match="wanted a dict of tensors by name as template"):
+                manager.restore(0, ["x"], template=template)
 
 
 @pytest.mark.parametrize(
@@ -611,6 +671,43 @@ for verb in (
     else:
         raise SystemExit("no error")
 """
+
+
+def test_only_the_main_thread_hears_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(coordination.Alone, "close", lambda group: closed.append(group))
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(ManagerError, match="save_on_signal: signal only works"),
+    ):
+        pool.submit(CheckpointManager, tmp_path, save_on_signal=True).result()
+    assert len(closed) == 2
+
+
+def test_the_second_of_two_groups_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first one holds is let go of."""
+    closed: list[str] = []
+
+    class Fails(coordination.Alone):
+        def __init__(self, root: str, rank: int, world: int, timeout: float, name: str) -> None:
+            if name == "save":
+                raise ManagerError("rank 1 went away")
+
+        def close(self) -> None:
+            closed.append("main")
+
+    monkeypatch.setattr(coordination, "Meeting", Fails)
+    with pytest.raises(ManagerError, match="rank 1 went away"):
+        CheckpointManager(tmp_path, rank=0, world=2)
+    assert closed == ["main"]
+
+
+def test_a_directory_where_the_hint_belongs(tmp_path: Path) -> None:
+    """It is only a hint: the commit stands, and nothing is left of the file that was to be it."""
+    (tmp_path / "latest").mkdir()
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.save(1, {"x": 1}) and manager.steps() == [1]
+    assert sorted(os.listdir(tmp_path)) == [".fastckpt-lock", "latest", "step-00000001"]
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ def test_saving(when: policies.When, steps: list[int]) -> None:
     assert [s for s in range(7) if when(Moment(s, None, float(s)))] == steps
 
 
+def test_a_managers_seconds() -> None:
+    when = policies.when_asked(1, (), 5, None)
+    assert [when(Moment(s, None, t)) for s, t in ((0, math.inf), (1, 4.0), (2, 5.0))] == [True, False, True]
+    none = {"keep_best": None, "best_metric": None, "best_mode": "min", "without": False}
+    keep = policies.keep_asked(None, None, 10.0, None, **none)  # type: ignore[arg-type]
+    assert keep is not None and keep(COMMITS) == {0, 2, 4}
+
+
 def test_the_first_and_while_nothing_goes_on() -> None:
     assert policies.first()(Moment(7, None, math.inf)) and not policies.first()(Moment(7, 3, math.inf))
     moments = [Moment(1, 0, s, busy=busy) for s in (0.0, 5.0) for busy in (False, True)]

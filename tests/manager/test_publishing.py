@@ -11,7 +11,7 @@ from typing import Any
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import LayoutError, ManagerError, SourceError
+from fastckpt.errors import FastckptError, LayoutError, ManagerError, SourceError
 from fastckpt.manager import publishing
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.verification.outputs import verify
@@ -123,6 +123,20 @@ def test_versions_and_the_way_back(tmp_path: Path) -> None:
         with pytest.raises(ManagerError, match="no plain name"):
             publishing.point(to, "../ck")
     assert sorted(os.listdir(to)) == ["another", "current", "step-00000001"]
+
+
+def test_keeping_no_version_is_refused_before_one_is_made(tmp_path: Path) -> None:
+    to = tmp_path / "served"
+    with CheckpointManager(tmp_path / "ck") as manager:
+        for step in range(2):
+            manager.save(step, torch.nn.Linear(2, 2))
+        manager.publish(0, layout="same", to=to)
+        for keep, said in ((0, "keep: wanted at least 1, got 0"), ("2", "keep: wanted int, got str '2'")):
+            with pytest.raises(FastckptError, match=said):
+                manager.publish(1, layout="same", to=to, keep=keep)  # type: ignore[arg-type]
+            with pytest.raises(FastckptError, match=said):
+                publishing.gc(to, keep)  # type: ignore[arg-type]
+    assert publishing.versions(to) == ["step-00000000"] and publishing.current(to) == "step-00000000"
 
 
 def test_versions_are_no_commits(tmp_path: Path) -> None:

@@ -88,6 +88,25 @@ def test_boxes_that_overlap() -> None:
         shared(parts, range(2))
 
 
+LOW, HIGH = ((4,), (0,)), ((4,), (2,))
+"""Halves of four elements: whole, offset."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (("int8", (2,), "a", *LOW), ("int8", (2,), "b"), r"\(2,\) on rank 1, int8 \(2,\), a part of"),
+        (("int8", (2,), "a"), ("int8", (2,), "b", *HIGH), r"\(2,\) on rank 0, int8 \(2,\), a part of"),
+        (("int8", (2,), "a", *LOW), ("bool", (2,), "b", *HIGH), "x is bool .* on rank 1, int8 "),
+        (("int8", (2,), "a", *LOW), ("int8", (2,), "b", *LOW), "ranks 0 and 1 hold different bytes"),
+    ],
+    ids=["cut here", "cut there", "other type", "drifted"],
+)  # fmt: skip
+def test_parts_that_are_not_of_one_tensor(first: Any, second: Any, said: str) -> None:
+    with pytest.raises(ManagerError, match=said):
+        shared([{"x": Claim(*first)}, {"x": Claim(*second)}], range(2))
+
+
 def test_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
     as_ranks(2, tmp_path, lambda m: m.save(0, state(m.rank)))
     for world in (1, 3):
@@ -100,6 +119,21 @@ def test_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
         for each in found:
             assert sorted(each) == ["bias", "step", "weight"]
             assert torch.equal(each["weight"], state(0)["weight"]) and each["step"] == 0
+
+
+def test_ties_that_differ_are_not_given_to_another_world(tmp_path: Path, as_ranks: AsRanks) -> None:
+    def work(manager: CheckpointManager) -> None:
+        x = torch.ones(2)
+        manager.save(0, {"a": x, "b": x if manager.rank else x.clone()})
+        manager.save(1, {"a": x, "list": [x.clone(), x.clone(), 1][: 2 + manager.rank]})
+
+    as_ranks(2, tmp_path, work)
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(ManagerError, match="ranks 0 and 1 tie other tensors; resume with 2 ranks"):
+            manager.restore(0)
+        with pytest.raises(ManagerError, match=r"list\.0 is not in this rank's state"):
+            manager.restore(1, ["list.0"])  # all hold it, in lists that differ
+        assert list(manager.restore(1, ["a"])) == ["a"]  # type: ignore[call-overload]
 
 
 def test_metrics_and_lists_are_the_same_for_all(tmp_path: Path, as_ranks: AsRanks) -> None:
@@ -186,6 +220,25 @@ def test_a_mixed_directory_is_no_commit(tmp_path: Path, as_ranks: AsRanks) -> No
     shutil.copy(tmp_path / "b/step-00000000/fastckpt-rank-1.json", step)
     with CheckpointManager(tmp_path / "a", rank=0, world=1) as manager:
         assert manager.steps() == []
+
+
+@pytest.mark.parametrize("other", ["look", "exchange"])
+def test_ranks_that_do_other_things(tmp_path: Path, as_ranks: AsRanks, other: str) -> None:
+    """No answer to another question is taken."""
+
+    def work(manager: CheckpointManager) -> None:
+        if manager.rank == 0:
+            said = "rank 0 is at save of step 1, rank 1 at look for step 1"
+            with pytest.raises(ManagerError, match=said if other == "look" else "rank 1 answered 5"):
+                manager.save(1, {})
+        elif other == "look":
+            with pytest.raises(ManagerError, match="rank 1 is at look for step 1, rank 0 at save of step 1"):
+                manager.exists(1)
+        else:
+            manager.group.exchange(5)
+
+    as_ranks(2, tmp_path, work)
+    assert not (tmp_path / "step-00000001").exists()
 
 
 # ---- disks of nodes ----
@@ -292,6 +345,22 @@ def test_disks_of_nodes(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.M
         assert [e for e in os.listdir(tmp_path / node) if e.startswith("step")] == ["step-00000003"]
 
 
+def test_a_step_of_two_saves(tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of one node is of another run."""
+    for node in "ab":
+        with CheckpointManager(tmp_path / node) as manager:
+            manager.save(0, {"n": node})
+    meet_elsewhere(tmp_path, monkeypatch)
+
+    def work(manager: CheckpointManager) -> None:
+        assert not manager.exists(0) and manager.resume_step() is None
+        with pytest.raises(ManagerError, match="the ranks have commits of different saves under this step"):
+            manager.restore(0)
+
+    with pytest.warns(CheckpointWarning, match="COMMIT 0 IS BROKEN.*different saves"):
+        as_ranks(2, [tmp_path / "a", tmp_path / "b"], work, ["a", "b"])
+
+
 # ---- meeting on the file system ----
 
 
@@ -313,6 +382,19 @@ def test_a_rank_that_goes_silent(tmp_path: Path, as_ranks: AsRanks) -> None:
         assert group.exchange(manager.rank) == [0, 1]
         if manager.rank == 0:
             with pytest.raises(ManagerError, match="rank 1 did not answer"):
+                group.exchange(None)
+
+    as_ranks(2, tmp_path, work)
+
+
+def test_where_the_ranks_meet_goes(tmp_path: Path, as_ranks: AsRanks) -> None:
+    def work(manager: CheckpointManager) -> None:
+        group = Meeting(str(tmp_path / "m"), manager.rank, 2, 60, "own")
+        manager.group.exchange(None)
+        if manager.rank == 0:
+            shutil.rmtree(tmp_path / "m")
+            said = r"rank 0 of 2: cannot reach the others: .*m/\.fastckpt-meeting: No such file"
+            with pytest.raises(ManagerError, match=said):
                 group.exchange(None)
 
     as_ranks(2, tmp_path, work)

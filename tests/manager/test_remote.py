@@ -12,9 +12,9 @@ import pytest
 import torch
 from fastckpt.errors import ManagerError, WriteError
 from fastckpt.manager.manager import CheckpointManager
-from fastckpt.manager.remote import default_scratch
+from fastckpt.manager.remote import RemoteStore, default_scratch
 from fastckpt.manager.reporting import CheckpointWarning
-from fastckpt.manager.uploaders import FsspecDirectory
+from fastckpt.manager.uploaders import FsspecDirectory, Upload, Uploader
 
 fsspec = pytest.importorskip("fsspec")
 URL = "memory://run/ck"
@@ -137,6 +137,93 @@ def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:
         manager.gc(aside=True)
         assert not any(n.startswith(".aside") for n in names(store))
         assert manager.rewind(1) == [2] and manager.latest() == 1
+
+
+def test_a_save_that_rots_before_it_is_carried(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = RemoteStore.seal
+
+    def rotten(self: RemoteStore, step: int, token: str, *, aside: bool) -> None:
+        path = Path(self.saving(step, token), "rank-00000/state.safetensors")
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        seal(self, step, token, aside=aside)
+
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        manager.save(0, state(0))
+        before = set(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteStore, "seal", rotten)
+            with pytest.raises(WriteError, match=r"not uploaded, it is not sound: .*x: "):
+                manager.save(1, state(1))
+        assert set(store) == before and manager.restore()["n"] == 0  # type: ignore[index]
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_store_that_loses_what_was_carried(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Uploader.upload
+
+    def lost(self: Uploader, path: str, name: str) -> Upload:
+        done = upload(self, path, name)
+        fsspec.filesystem("memory").rm(f"/run/ck/{name}/rank-00000/state.safetensors")
+        return done
+
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        manager.save(0, state(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Uploader, "upload", lost)
+            with pytest.raises(WriteError, match="ck: step 1 is not what was just carried there"):
+                manager.save(1, state(1))
+        with pytest.warns(CheckpointWarning, match="COMMIT 1 IS BROKEN"):
+            assert manager.restore()["n"] == 0  # type: ignore[index]
+        assert manager.save(1, state(1)) and manager.restore()["n"] == 1  # type: ignore[index]
+
+
+def test_another_job_that_commits_the_same_step(
+    tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another scratch directory, while this one begins to carry its own: theirs stands."""
+    aside = RemoteStore.set_aside
+
+    def late(self: RemoteStore, steps: Any) -> None:
+        aside(self, steps)
+        monkeypatch.setattr(RemoteStore, "set_aside", aside)
+        with CheckpointManager(URL, scratch=tmp_path / "b") as other:
+            other.save(1, state(7))
+
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        monkeypatch.setattr(RemoteStore, "set_aside", late)
+        with pytest.raises(ManagerError, match="ck: step 1 stands, and nothing is replaced here in one step"):
+            manager.save(1, state(1))
+        assert manager.restore(1)["n"] == 7  # type: ignore[index]
+
+
+def test_a_torn_upload_of_an_older_step_goes(tmp_path: Path, store: Any) -> None:
+    """One of a newer step may still be under way."""
+    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
+        manager.save(1, state(1))
+    for step in (0, 2):
+        fsspec.filesystem("memory").pipe_file(f"/run/ck/step-0000000{step}/rank-00000/state.json", b"{")
+    with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
+        manager.gc()
+        assert manager.steps() == [1]
+    assert names(store) == {"latest", "step-00000001", "step-00000002"}
+
+
+def test_a_hint_that_will_not_go(tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = FsspecDirectory.put
+
+    def no_hint(self: FsspecDirectory, path: str, name: str) -> None:
+        if name == "latest":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        put(self, path, name)
+
+    monkeypatch.setattr(FsspecDirectory, "put", no_hint)
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        assert manager.save(0, state(0)) and manager.steps() == [0]
+    assert names(store) == {"step-00000000"}
 
 
 def test_a_commit_that_goes_while_it_is_read(

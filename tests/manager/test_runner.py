@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.errors import ManagerError, SourceError, WriteError
+from fastckpt.manager import saving
 from fastckpt.manager.job import Context, Job, epoch_limiter, task
 from fastckpt.manager.manager import CheckpointManager
+from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.runner import JobRunner
 from fastckpt.manager.uploaders import LocalDirectory, Uploader
@@ -194,6 +196,17 @@ def test_a_first_save_that_is_skipped_raises(tmp_path: Path) -> None:
     with manager, pytest.raises((ManagerError, WriteError), match="file/ck"):
         JobRunner(Trained(1).job, manager).train()
 
+    class Away(JsonMetadata):
+        def accessible(self, epoch: int | None = None) -> bool:
+            return False
+
+    with (
+        CheckpointManager(tmp_path / "ck", metadata=Away(tmp_path / "m.json")) as manager,
+        pytest.warns(CheckpointWarning, match="step 0 is not saved: ranks"),
+        pytest.raises(ManagerError, match="ck: the first save was skipped; can it be reached"),
+    ):
+        JobRunner(Trained(1).job, manager).train()
+
 
 def test_failures_in_the_background_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that comes with the next save costs that one nothing."""
@@ -220,6 +233,42 @@ def test_failures_in_the_background_count(tmp_path: Path, monkeypatch: pytest.Mo
         ):
             assert JobRunner(one.job, manager).train() == 4
         assert manager.steps() == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_last_save_that_fails_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    """It counts as the others do: the third failure in a row ends the job."""
+    real = saving.save
+
+    def save(store: Any, group: Any, disk: Any, request: saving.Request) -> Any:
+        if request.step:
+            raise WriteError(f"no space for {request.step}")
+        return real(store, group, disk, request)
+
+    monkeypatch.setattr(saving, "save", save)
+    one = Trained(epochs)
+    with (
+        CheckpointManager(tmp_path, async_save=True) as manager,
+        pytest.warns(CheckpointWarning, match=r"was not saved \(2 failures in a row\): no space for 2"),
+    ):
+        if epochs == 3:
+            with pytest.raises(WriteError, match="no space for 3"):
+                JobRunner(one.job, manager).train()
+        else:
+            assert JobRunner(one.job, manager).train() == epochs
+    assert (one.said[-1] == "exit") == (epochs == 2)
+
+
+def test_an_epoch_count_that_is_none(tmp_path: Path) -> None:
+    one = Trained(2)
+    one.job.context.state["epochs_run"] = "two"
+    with (
+        CheckpointManager(tmp_path) as manager,
+        pytest.raises(ManagerError, match=r"state\['epochs_run'\] is 'two', wanted the number of epochs run"),
+    ):
+        JobRunner(one.job, manager).train()
 
 
 def test_a_failed_first_save_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

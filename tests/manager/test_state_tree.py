@@ -162,6 +162,25 @@ def test_templates_that_do_not_fit(template: object, said: str) -> None:
         check(flat.tree, template, lambda name: tuple(flat.tensors[name].shape), allow_missing=False)
 
 
+def test_a_kind_of_value_from_a_newer_version() -> None:
+    with pytest.raises(ManagerError, match="no kind of value 'fraction' here; was it written by a newer"):
+        Builder({}).build({"dict": [["x", {"fraction": [1, 2]}]]})
+
+
+def test_objects_of_ranks() -> None:
+    """What is alike in an object of each rank stays, with the versions of its layers."""
+    models = [torch.nn.BatchNorm1d(2) for _ in range(2)]
+    models[1].num_batches_tracked += 1
+    trees = [flatten({"m": m, "n": {"rank": r}}).tree for r, m in enumerate(models)]
+    for tree, rank in zip(trees, (0, 1), strict=True):
+        tree["dict"][0][1]["state"][1]["ordered"].append(["rank", rank])  # type: ignore[index, call-overload]
+    tree, differing = merged(trees)
+    assert differing == ["m.rank", "n.rank"]
+    back: Any = Builder(flatten({"m": models[0]}).tensors).build(tree)
+    assert list(back["m"]) == list(models[0].state_dict()) and back["n"] == {}
+    assert back["m"]._metadata == models[0].state_dict()._metadata
+
+
 def test_trees_of_ranks() -> None:
     states: list[dict[str, object]] = [{"a": {"same": 1, "rank": r}, "list": [1, 2]} for r in range(3)]
     states[0]["only"] = 3

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastckpt.digest import LEAF
-from fastckpt.errors import SourceError, WriteError
+from fastckpt.errors import ManagerError, SourceError, WriteError
 from fastckpt.manager import uploaders
 from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, LocalDirectory, Uploader
@@ -138,6 +140,28 @@ def test_other_file_systems(tmp_path: Path, step: Path) -> None:
     for name, data in contents(step).items():
         assert b"".join(far.read(f"step-00000001/{name}")) == data
     assert Uploader(far).upload(step).sent == 0
+
+
+def test_what_a_client_raises_past_fsspec(
+    tmp_path: Path, step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of stores' own clients are tried again as others are; what is no store's fault is not hidden."""
+    pytest.importorskip("fsspec")
+
+    class HttpError(Exception):
+        """As gcsfs has it."""
+
+    monkeypatch.setitem(sys.modules, "gcsfs.retry", SimpleNamespace(HttpError=HttpError))
+    far = FsspecDirectory(f"memory://{tmp_path.name}/runs")
+    for error, kind, said in (
+        (HttpError("503"), WriteError, "in 2 tries: .*HttpError: 503"),
+        (KeyError("no store"), KeyError, "no store"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(kind, match=said):
+            patch.setattr(far._fs, "put_file", lambda *a, e=error: (_ for _ in ()).throw(e))
+            Uploader(far, tries=2, pause=0.001).upload(step)
+    with pytest.raises(ManagerError, match="tries: wanted at least 1, got 0"):
+        Uploader(far, tries=0)
 
 
 def test_pieces_of_any_size(tmp_path: Path, step: Path) -> None:

@@ -194,5 +194,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_targets(name: str) -> None:
     random_rows(OTHERS[name])
+    for names in EVEN:
+        src, dst = (BY_NAME[n] for n in names.split())
+        same(even_lines(np.random.default_rng(27), src, dst), OTHERS[name])
     for turned in (False, True):
         every_value(turned, OTHERS[name])

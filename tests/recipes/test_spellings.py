@@ -215,7 +215,7 @@ def test_tied_pairs_of_a_trainer():
     table = "bert.embeddings.word_embeddings.weight"
     pairs = {"cls.predictions.decoder.weight": table, "cls.predictions.decoder.bias": "cls.predictions.bias"}
     same(hf(hub, config, pairs)[1], hub)
-    hub["cls.predictions.decoder.bias"] = hub["cls.predictions.bias"] + 1
+    hub = hub | {"cls.predictions.decoder.bias": hub["cls.predictions.bias"] + 1}
     with pytest.raises(
         RecipeError, match=r"cls.predictions.bias and cls.predictions.decoder.bias are two tens"
     ):
@@ -226,8 +226,10 @@ def test_tied_pairs_of_a_trainer():
 def test_a_head_that_is_not_tied_keeps_both_biases(name, head):
     """transformers 5 adds that of the matrix, and saves both."""
     config, hub, _ = families.made(name)
-    hub |= {f"{head}.decoder.weight": torch.randn(hub[f"{head}.bias"].shape[0], config["hidden_size"])}
-    hub |= {f"{head}.decoder.bias": hub[f"{head}.bias"] + 1}
+    hub = hub | {  # not in place: `made` keeps it for other tests
+        f"{head}.decoder.weight": torch.randn(hub[f"{head}.bias"].shape[0], config["hidden_size"]),
+        f"{head}.decoder.bias": hub[f"{head}.bias"] + 1,
+    }
     model, got = hf(hub, config | {"tie_word_embeddings": False})
     assert model.lm_head.bias_name == f"{head}.decoder.bias"
     same(got, hub)
@@ -247,9 +249,11 @@ def test_forms_that_are_not_read():
         with pytest.raises(RecipeError, match=f"{key}.* is not read"):
             hf(hub, config | {key: value})
     config, hub, _ = families.made("mpt")
-    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}, "x"):
+    for attends in ({"alibi": False}, {"attn_type": "multiquery_attention"}, {"alibi_bias_max": 16}):
         with pytest.raises(RecipeError, match="wanted"):
             hf(hub, config | {"attn_config": attends})
+    with pytest.raises(RecipeError, match="attn_config must be an object, got 'x'"):
+        hf(hub, config | {"attn_config": "x"})
     config, hub, _ = families.made("whisper")
     with pytest.raises(RecipeError, match="8 decoder and 4 encoder heads"):
         hf(hub, config | {"encoder_attention_heads": 4})

@@ -18,8 +18,9 @@ from pathlib import Path
 import fastckpt
 import pytest
 import torch
-from fastckpt import cli, joining, megatron
+from fastckpt import cli, opening
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
+from fastckpt.joining import megatron
 from fastckpt.layouts import layout
 from layouts import families, gated, tiny
 from megatron_writer import dist, keys_of, written
@@ -165,7 +166,7 @@ def test_without_a_config(unpacked, tmp_path):
             verb(at / "legacy")
     with pytest.raises(RecipeError, match="says where it is"):
         fastckpt.reshard(at / "dist")
-    assert joining.join(ckpt) is ckpt
+    assert opening.join(ckpt) is ckpt
 
 
 def test_a_config_and_a_tokenizer_beside_it(case):

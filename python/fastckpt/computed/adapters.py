@@ -9,22 +9,21 @@ Source: peft 0.21, tuners/lora/{config,layer,model}.py and utils/save_and_load.p
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import xxhash
-
 from .. import dtypes, sources
 from ..checkpoint import Checkpoint, Entry, Single
+from ..digest import values_digest
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
-from ..views import ZERO, View, stack
+from ..views import View, stack
 from .adapter_pairs import WRAPPED, Pair, SavedAs, placed
 from .adapter_settings import PLAIN_STARTS, Settings
 from .lowrank import LowRank
@@ -86,7 +85,7 @@ class Adapter:
             [(n, *((p.scale, p.flipped) for p in pairs)) for n, pairs in self.adapted.items()],
             [*self.saved],
         ]
-        return _digest(json.dumps(shaping), self.tensors.structure), self.tensors.headers
+        return values_digest([shaping, self.tensors.structure]), self.tensors.headers
 
     def applied(self, entries: Mapping[str, Entry], extents: Extents) -> Checkpoint:
         """The base with these entries over this table, and with the adapter in its files and digests."""
@@ -96,8 +95,8 @@ class Adapter:
             entries=entries,
             extents=extents,
             files=tuple(dict.fromkeys((*base.files, *self.tensors.files))),
-            structure=_digest(base.structure, structure) if base.structure else "",
-            headers=_digest(base.headers, headers),
+            structure=values_digest([base.structure, structure]) if base.structure else "",
+            headers=values_digest([base.headers, headers]),
         )
 
 
@@ -177,14 +176,14 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
     base = adapter.base
     apart = adapter.tensors.extents is not base.extents
     shared = Extents((*base.extents, *adapter.tensors.extents)) if apart else base.extents
-    moved = len(base.extents) if apart else 0
+    first = len(base.extents) if apart else 0  # of the adapter's extents
 
     def of_adapter(entry: Entry) -> View:
-        return _in_table(entry.build(), shared, moved)
+        return entry.build().over(shared, first)
 
     def wide(name: str) -> View:
         saved = adapter.saved.get(name)
-        return of_adapter(saved.entry) if saved else _in_table(base.entries[name].build(), shared, 0)
+        return of_adapter(saved.entry) if saved else base.entries[name].build().over(shared)
 
     extents = [*shared]
     index: dict[str, range] = {}  # of a tensor, the numbers of its matrices' extents
@@ -209,8 +208,8 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
             return sums
         saved = adapter.saved.get(name)
         if saved is not None:
-            return lambda: _in_table(saved.entry.build(), table, moved).cast(kind)
-        return lambda: _in_table(entry.build(), table, 0)
+            return lambda: saved.entry.build().over(table, first).cast(kind)
+        return lambda: entry.build().over(table)
 
     def entry_of(name: str, old: Entry) -> Entry:
         kind = kind_of(old.dtype, dtype) if name in adapter.changed else old.dtype
@@ -329,16 +328,3 @@ def _may_be_tied(adapter: Adapter, name: str) -> bool:
 def kind_of(old: DType, asked: DType | None) -> DType:
     """The dtype a tensor gets: what was asked for, where it is a float."""
     return asked if asked is not None and old.kind == "float" else old
-
-
-def _in_table(view: View, table: Extents, by: int) -> View:
-    """The view over a table that holds the view's own from number `by` on."""
-    held = view.held
-    if by:
-        held = held.copy()
-        held[held[:, 0] != ZERO, 0] += by
-    return replace(view, extents=table, held=held)
-
-
-def _digest(*words: str) -> str:
-    return xxhash.xxh3_64_hexdigest("\n".join(words).encode())

@@ -43,7 +43,7 @@ class Each:
 
     def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
         """Rows [r0, r1) of columns [c0, c1). Raises SourceError for the reciprocal of 0."""
-        x = _floats(read, self.base, r0, r1, c0, c1)
+        x = floats(read, self.base, r0, r1, c0, c1)
         match self.function:
             case "plus_one":
                 return np.add(x, 1, dtype=np.float32)
@@ -71,7 +71,7 @@ class Largest:
 
     def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
         """Rows [r0, r1). Raises SourceError for the reciprocal of 0."""
-        found = _floats(read, self.base, r0, r1, 0, self.base.shape[1]).max(axis=1, keepdims=True)
+        found = floats(read, self.base, r0, r1, 0, self.base.shape[1]).max(axis=1, keepdims=True)
         return _reciprocal(self.name, found) if self.inverse else found
 
 
@@ -93,7 +93,7 @@ class Requantised:
 
     def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
         """Rows [r0, r1) of columns [c0, c1). Raises SourceError for scales that are 0 or below."""
-        x = _floats(read, self.base, r0, r1, c0, c1)
+        x = floats(read, self.base, r0, r1, c0, c1)
         own = np.asarray(read(self.scale.cast(float32)), np.float32).reshape(())
         scales = np.asarray(read(self.scales.cast(float32)), np.float32)
         if not (scales > 0).all():
@@ -116,7 +116,7 @@ class Agreed:
 
     def box(self, read: Read, r0: int, r1: int, c0: int, c1: int) -> Floats:
         """Rows [r0, r1) of columns [c0, c1). Raises SourceError where the views differ there."""
-        first, *others = (_floats(read, v, r0, r1, c0, c1) for v in self.views)
+        first, *others = (floats(read, v, r0, r1, c0, c1) for v in self.views)
         for other in others:
             if not np.array_equal(first, other):
                 raise SourceError(f"{self.name}: differs among those that read one input, wanted one for all")
@@ -188,7 +188,8 @@ def _flat(view: View) -> View:
     return view.reshape((1, view.numel))
 
 
-def _floats(read: Read, view: View, r0: int, r1: int, c0: int, c1: int) -> Floats:
+def floats(read: Read, view: View, r0: int, r1: int, c0: int, c1: int) -> Floats:
+    """Rows [r0, r1) of columns [c0, c1) of a view, as float32."""
     part = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
     return np.asarray(read(part.cast(float32)), np.float32)
 

@@ -8,13 +8,11 @@ twice their width, so that no axis of a copy can run along both rows and columns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import Entry
 from ..dtypes import DType
 from ..extents import COMPUTED, Buffer, Extent, Extents
 from ..stored import strided
@@ -43,11 +41,6 @@ def lies_nowhere(extent: Extent) -> bool:
 def pitched(extents: Extents, index: int, dtype: DType, shape: tuple[int, ...]) -> View:
     """The view of the matrix whose extent (made by `nowhere`) is number `index` of the table."""
     return strided(extents, index, dtype, shape, stride=(pitch(shape[1]), 1))
-
-
-def moved(entry: Entry, extents: Extents) -> Callable[[], View]:
-    """Builds the entry's view over a table that begins with its own."""
-    return lambda: replace(entry.build(), extents=extents)
 
 
 def elements(

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, Single, moved
 from ..dtypes import DType, float16, int32
 from ..errors import LayoutError
 from ..extents import Buffer, Extent, Extents
@@ -39,7 +39,7 @@ from ..quantisation.rounding import (
 from ..quantisation.schemes import Quant, Scheme
 from ..stored import constant
 from ..views import View
-from .nowhere import moved, nowhere, pitched
+from .nowhere import nowhere, pitched
 
 PIECE = 1 << 21
 """Dense bytes made at once, unless one row of blocks is more."""
@@ -295,7 +295,7 @@ def made(ckpt: Checkpoint, config: Mapping[str, JSON], quant: Quant) -> tuple[Ch
     entries: dict[str, Entry] = {}
     for name, entry in ckpt.entries.items():
         if name not in parts:
-            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
+            entries[name] = moved(entry, extents)
             continue
         for part in parts[name]:
             entries[part.name] = Single(part.stored, part.dtype, _view(extents, index, part), entry.kind)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from .. import dtypes
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, Single, moved
 from ..dtypes import DType, exact
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
@@ -20,7 +20,7 @@ from ..quantisation.schemes import Packed, said_form
 from ..quantisation.unrounding import per_element
 from ..views import View
 from .dequantised import Dequantised
-from .nowhere import moved, nowhere, pitched
+from .nowhere import nowhere, pitched
 
 KNOWN = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq", "mxfp4", "fastckpt")
 """The `quant_method`s that are read."""
@@ -60,7 +60,7 @@ def densified(
     for name, entry in ckpt.entries.items():
         owner = parts.get(name)
         if owner is None:
-            entries[name] = Single(entry.shape, entry.dtype, moved(entry, extents), entry.kind)
+            entries[name] = moved(entry, extents)
         elif owner not in entries:
             build = _dense(extents, index[owner], found[owner], dense)
             entries[owner] = Single(found[owner].dense_shape, dense, build, entry.kind)

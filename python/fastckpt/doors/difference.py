@@ -17,7 +17,7 @@ from .. import sources
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import DType, bfloat16, complex32
 from ..errors import ViewError, expect
-from ..joining import TIES_UNSAID, join
+from ..opening import TIES_UNSAID, join
 from ..opening import open as open_checkpoint
 from ..quantisation.unrounding import unpacked
 from ..recipes import strangers

@@ -211,7 +211,8 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         step = _step(manager, args)
         source = publishing.model_of(manager.open(step, 0), args.part)
         version = os.path.basename(manager.path(step))
-        return _show_plan(args, publishing.rehearsed(source, version, args.to, serving_options.serving(args)))
+        serving = serving_options.serving(args)
+        return _show_plan(args, publishing.rehearsed(source, version, args.to, serving, keep=args.keep))
     if args.back is not None:
         publishing.point(args.to, args.back)
     else:

@@ -84,6 +84,10 @@ class Served:
     reading: str = ""
     architecture: str = ""
 
+    def form(self, quant_method: str) -> Form:
+        """What differs for a model that is quantised in that way; nothing for one that is not."""
+        return self.quantised.get(quant_method, Form())
+
     def name(self, name: str) -> str:
         """The engine's name for a tensor of layout vllm."""
         for old, new in self.renamed:
@@ -346,6 +350,10 @@ parallelism; not compared with a running one."""
 
 ENGINES: dict[str, Mapping[str, Served]] = {"vllm==0.32": _VLLM_0_32, "sglang==0.5": _SGLANG_0_5}
 """`name==version` -> the families it serves. A patch release goes by its minor version."""
+
+
+HUB = Served(held=(), tied="embedding")
+"""What is held of any family where no engine is asked for: names as layout vllm has them, and no more."""
 
 
 def known(engine: str) -> Mapping[str, Served]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 from ..errors import LayoutError
 from ..mixers import Attention, Compressed, DeltaNet, Mla, Queries, Selective, ShortConv
-from ..model import BlockStacks, Experts, Layer, Layers, Mlp, Model, Prediction, Stacked, Stacks
+from ..model import BlockStacks, Experts, Layer, Mlp, Model, Prediction, Stacked, Stacks
 from ..placement import Placement
 from ..roles import Linear
 from ..target import Target
@@ -26,6 +25,7 @@ from .mixer_cuts import delta_rest, delta_stored, mamba, queries_part, selective
 from .naming import Naming, ranked
 from .padding import advice, padded, resized, round_up
 from .requirements import (
+    Subject,
     require_even,
     require_heads,
     require_least,
@@ -64,9 +64,11 @@ class Hf:
         vocabulary do not divide by tp, and for pp, dp or ep."""
         require_tensor_parallel("hf", placement)
         stacks = f"experts in stacks that loaders also take one by one, which {model.family} has not"
-        subject = lambda: any(map(_stacked_layer, model.layers)), stacks
+        subject = Subject(lambda: any(map(_stacked_layer, model.layers)), stacks)
         require_subjects("hf", self, {"split_experts": subject})
-        model = self._padded(_unstacked(model) if self.split_experts else model, placement)
+        if self.split_experts:
+            model = replace(model, layers=model.layers.map(_unstacked))
+        model = self._padded(model, placement)
         instead = "" if self.pad else advice(model)
         if "attention" not in model.cuts.whole:
             self._require_heads(model, placement, instead)
@@ -135,13 +137,7 @@ def _stacked_layer(layer: Layer) -> bool:
     return isinstance(layer.mlp, Experts) and layer.mlp.stacked is not None and layer.mlp.stacked.singly
 
 
-def _unstacked(model: Model) -> Model:
-    layers = model.layers
-    return replace(model, layers=Layers([partial(_nth_unstacked, layers, i) for i in range(len(layers))]))
-
-
-def _nth_unstacked(layers: Layers, index: int) -> Layer:
-    layer = layers[index]
+def _unstacked(layer: Layer) -> Layer:
     if not isinstance(layer.mlp, Experts):
         return layer
     return replace(layer, mlp=replace(layer.mlp, stacked=None))

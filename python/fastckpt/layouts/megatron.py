@@ -25,6 +25,7 @@ from ..views import View
 from .cuts import in_part, joined, out_part, padded_part, regrouped
 from .naming import Naming, hub
 from .requirements import (
+    Subject,
     require_even,
     require_heads,
     require_heads_alike,
@@ -72,8 +73,8 @@ class Megatron:
         do not divide by tp, layers by pp, experts by ep, an expert's width by expert_tp, kv heads neither
         divide nor are shared evenly, and for a dp that the experts do not need; and for a role this layout
         has no name for."""
-        experts = lambda: model.sizes.experts > 0, f"experts, which {model.family} has not"
-        stages = lambda: placement.pp > 1, f"pp above 1, got {placement.pp}"
+        experts = Subject(lambda: model.sizes.experts > 0, f"experts, which {model.family} has not")
+        stages = Subject(lambda: placement.pp > 1, f"pp above 1, got {placement.pp}")
         subjects = {"experts": experts, "expert_tp": experts, "first_stage": stages, "last_stage": stages}
         require_subjects("megatron", self, subjects)
         self._require_even(model.sizes, placement)
@@ -127,9 +128,8 @@ class Megatron:
 
     def _experts_grid(self, placement: Placement) -> Share:
         """Which of the experts, and of their widths, this rank holds."""
-        count = self.expert_tp or placement.tp
-        flat = placement.dp_rank * placement.tp + placement.tp_rank
-        return Share(flat % count, count, flat // count % placement.ep, placement.ep)
+        count, rank = self.expert_tp or placement.tp, placement.stage_rank
+        return Share(rank % count, count, rank // count % placement.ep, placement.ep)
 
     def _stage(self, layers: int, placement: Placement) -> range:
         """The layers of this rank's stage. Raises LayoutError where the others cannot share the rest."""
@@ -162,11 +162,9 @@ class Megatron:
         return padded_part(view, self.vocab_padding * placement.tp, placement.tp_rank, placement.tp)
 
     def _layer(self, at: str, layer: Layer, sizes: Sizes, placement: Placement) -> Iterator[Target]:
-        for extra in (layer.attention_after, layer.mlp_after, layer.cross_norm):
+        for extra in (layer.attention_after, layer.mlp_after):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")
-        if layer.vision is not None:
-            raise LayoutError(f"layout megatron has no place for {layer.vision.attention.o.name}")
         attention, mlp = two_blocks("megatron", layer)
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
@@ -208,8 +206,6 @@ class Megatron:
     def _attention(
         self, at: str, attention: Attention, sizes: Sizes, placement: Placement
     ) -> Iterator[Target]:
-        if attention.relative is not None:
-            raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
         require_heads_alike("megatron", attention)
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]

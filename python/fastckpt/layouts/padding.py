@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 
 from ..errors import LayoutError
 from ..mixers import Attention, Compressed, Mla, Queries
-from ..model import BlockStacks, Experts, Layer, Layers, Lazy, Mlp, Model, Prediction, Sizes, Stacks
+from ..model import BlockStacks, Experts, Layer, Mlp, Model, Sizes, Stacks
 from ..roles import Linear, Parameter
 from ..views import View
 
@@ -31,19 +30,21 @@ def padded(model: Model, tp: int, experts: int, multiple: int) -> Model:
     sizes = _sizes(model.sizes, tp, experts, multiple)
     if sizes == model.sizes:
         return model
-    old, layers, further = model.sizes, model.layers, model.predictions
+
+    def grown(layer: Layer) -> Layer:
+        return _layer(layer, model.sizes, sizes)
+
     return replace(
         model,
         sizes=sizes,
-        layers=Layers([partial(_nth, layers, i, old, sizes) for i in range(len(layers))]),
-        predictions=Lazy([partial(_prediction, further, i, old, sizes) for i in range(len(further))]),
+        layers=model.layers.map(grown),
+        predictions=model.predictions.map(lambda further: replace(further, layer=grown(further.layer))),
     )
 
 
 def advice(model: Model) -> str:
     """What a message adds where a size does not divide: the option `pad`, for a model that it can pad."""
-    tower, unlike = model.carried, model.sizes.others
-    if model.encoder is not None or model.quant_method or tower or unlike:
+    if model.encoder is not None or model.quant_method or model.carried or model.sizes.others:
         return ""
     return "; pad=True (-L pad=true) pads with zeros"
 
@@ -101,14 +102,6 @@ def _sizes(sizes: Sizes, tp: int, experts: int, multiple: int) -> Sizes:
     return replace(sizes, heads=kv * group, kv_heads=kv, widths=widths)
 
 
-def _nth(layers: Layers, index: int, old: Sizes, new: Sizes) -> Layer:
-    return _layer(layers[index], old, new)
-
-
-def _prediction(further: Lazy[Prediction], index: int, old: Sizes, new: Sizes) -> Prediction:
-    return replace(further[index], layer=_layer(further[index].layer, old, new))
-
-
 def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if layer.vision is not None:
         raise LayoutError(f"pad: the image tower beside {layer.name} is as wide, and is not padded")
@@ -127,8 +120,6 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if mlp is None:
         return replace(layer, attention=attention)
     dense = {old.widths[k]: w for k, w in new.widths.items() if k not in (new.expert_width, new.shared_width)}
-    if not dense:  # every block is an expert's
-        dense = {old.widths[k]: w for k, w in new.widths.items()}
     return replace(layer, attention=attention, mlp=_mlp(mlp, dense[mlp.up.shape[0]]))
 
 
@@ -168,9 +159,9 @@ def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
 
 def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
     def rows(linear: Linear) -> Linear:
-        return _out_padded(linear, linear.weight.shape[0] // old.heads * new.heads)
+        return _out_padded(linear, linear.shape[0] // old.heads * new.heads)
 
-    columns = attention.o.weight.shape[1] // old.heads * new.heads
+    columns = attention.o.shape[1] // old.heads * new.heads
     return replace(
         attention, q=rows(attention.q), kv_b=rows(attention.kv_b), o=_in_padded(attention.o, columns)
     )
@@ -178,10 +169,10 @@ def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
 
 def _experts(moe: Experts, new: Sizes) -> Experts:
     width = new.widths[new.expert_width]
-    each = [partial(_expert, moe, e, width) for e in range(len(moe.experts))]
+    experts = moe.experts.map(lambda expert: _mlp(expert, width))
     shared = None if moe.shared is None else _mlp(moe.shared, new.widths[new.shared_width])
     stacks = None if moe.stacks is None else _stacks(moe.stacks, width)
-    return replace(moe, experts=Lazy(each), shared=shared, stacks=stacks)
+    return replace(moe, experts=experts, shared=shared, stacks=stacks)
 
 
 def _stacks(stacks: Stacks | BlockStacks, width: int) -> Stacks | BlockStacks:
@@ -204,10 +195,6 @@ def _stacks(stacks: Stacks | BlockStacks, width: int) -> Stacks | BlockStacks:
         grown(stacks.down, 1, width),
         stacks.down_bias,
     )
-
-
-def _expert(moe: Experts, index: int, width: int) -> Mlp:
-    return _mlp(moe.experts[index], width)
 
 
 def _mlp(mlp: Mlp, width: int) -> Mlp:

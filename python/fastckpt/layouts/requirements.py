@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import LayoutError, expect
 from ..mixers import (
@@ -36,11 +36,14 @@ def require_least(layout: str, made: object, least: int, *options: str) -> None:
             raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {size}")
 
 
-Subjects = Mapping[str, tuple[Callable[[], bool], str]]
-"""Option -> whether the model and the placement have what it speaks of; what that is, for the message."""
+class Subject(NamedTuple):
+    """What an option speaks of: whether the model and the placement have it, and what it is, in words."""
+
+    there: Callable[[], bool]
+    what: str
 
 
-def require_subjects(layout: str, made: DataclassInstance, subjects: Subjects) -> None:
+def require_subjects(layout: str, made: DataclassInstance, subjects: Mapping[str, Subject]) -> None:
     """Raises LayoutError for an option that is not as by default where it could not change anything.
 
     Options that allow something (`pad`, `replicate_kv`), or ask for a size that may hold already, are not
@@ -48,10 +51,10 @@ def require_subjects(layout: str, made: DataclassInstance, subjects: Subjects) -
     for option in fields(made):
         value = getattr(made, option.name)
         if value != option.default and option.name in subjects:
-            there, wanted = subjects[option.name]
-            if not there():
+            subject = subjects[option.name]
+            if not subject.there():
                 said = str(value).lower() if isinstance(value, bool) else value
-                raise LayoutError(f"layout {layout}: {option.name}={said} wants {wanted}")
+                raise LayoutError(f"layout {layout}: {option.name}={said} wants {subject.what}")
 
 
 def require_tensor_parallel(layout: str, placement: Placement) -> None:
@@ -129,26 +132,27 @@ def require_no_scalars(layout: str, mlp: Mlp) -> None:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
+_OTHERS: Mapping[type, str] = {
+    ShortConv: "a short convolution",
+    Selective: "a Mamba mixer",
+    Compressed: "compressed attention",
+    Queries: "attention to the keys of another layer",
+}
+
+
 def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
     """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
     two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
-    if isinstance(layer.attention, ShortConv):
-        raise LayoutError(
-            f"layout {layout} has no place for {layer.attention.o.name}, of a short convolution"
-        )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
     for role in layer.whole:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
     attention = layer.attention
-    if isinstance(attention, Queries):
-        raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
-    if isinstance(attention, Selective):
-        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of a Mamba mixer")
-    if isinstance(attention, Compressed):
-        raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
+    if not isinstance(attention, Attention | Mla | DeltaNet):
+        what = _OTHERS[type(attention)]
+        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of {what}")
     if isinstance(attention, DeltaNet) and attention.low is not None:
         raise LayoutError(f"layout {layout} has no place for {attention.low[0].name}, of a low rank")
     if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):

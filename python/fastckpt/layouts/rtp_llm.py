@@ -23,7 +23,7 @@ from ..placement import Placement
 from ..stored import constant
 from ..target import Target
 from .naming import Naming
-from .requirements import require_delta, require_even, require_heads, require_least, require_subjects
+from .requirements import Subject, require_delta, require_even, require_heads, require_least, require_subjects
 from .rtp_lora import Lookup, layer_pairs
 from .rtp_matrices import Whole, norm
 from .rtp_merge import slopes
@@ -126,19 +126,22 @@ class RtpLlm:
     def _require_subjects(self, model: Model) -> None:
         """Raises LayoutError for options that speak of what the model does not have."""
         sizes, layers, no = model.sizes, model.layers, f", which {model.family} has not"
-        latent = lambda: any(isinstance(x.attention, Mla) for x in layers), f"latent attention{no}"
-        experts = lambda: sizes.experts > 0, f"experts{no}"
+        latent = Subject(lambda: any(isinstance(x.attention, Mla) for x in layers), f"latent attention{no}")
+        experts = Subject(lambda: sizes.experts > 0, f"experts{no}")
         rope = f"latent attention with plain or YaRN positions{no}"
+        more = "more physical_experts than experts"
         subjects = {
             "absorb": latent,
             "split_rope": latent,
-            "rope_positions": (lambda: model.rope is not None, rope),
-            "w13": (lambda: any(map(of_w13, layers)), f"dense blocks of gate and up, in this order{no}"),
-            "ffn_tp": (lambda: bool(sizes.widths.keys() - {sizes.expert_width}), f"dense blocks{no}"),
+            "rope_positions": Subject(lambda: model.rope is not None, rope),
+            "w13": Subject(
+                lambda: any(map(of_w13, layers)), f"dense blocks of gate and up, in this order{no}"
+            ),
+            "ffn_tp": Subject(lambda: bool(sizes.widths.keys() - {sizes.expert_width}), f"dense blocks{no}"),
             "use_stack_weight": experts,
             "physical_experts": experts,
-            "nodes": (lambda: self.physical_experts > sizes.experts, "more physical_experts than experts"),
-            "one_scale": (lambda: any(map(of_one_scale, layers)), f"fp8 with one scale a matrix{no}"),
+            "nodes": Subject(lambda: self.physical_experts > sizes.experts, more),
+            "one_scale": Subject(lambda: any(map(of_one_scale, layers)), f"fp8 with one scale a matrix{no}"),
         }
         require_subjects("rtp_llm", self, subjects)
 

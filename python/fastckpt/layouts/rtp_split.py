@@ -56,11 +56,6 @@ class Cut:
         return self.place.tp_rank // (self.place.tp // count), count
 
     @property
-    def flat(self) -> int:
-        """The rank among all tp * dp ranks."""
-        return self.place.dp_rank * self.place.tp + self.place.tp_rank
-
-    @property
     def moe_tp(self) -> tuple[int, int]:
         """(index, count) among the ranks that cut one expert: tp * dp / ep of them, or tp where ep is 1; one
         where experts are held whole."""
@@ -71,12 +66,12 @@ class Cut:
             return self.tp
         if ranks % self.place.ep:
             raise LayoutError(f"tp * dp = {ranks} does not divide by ep {self.place.ep}")
-        return self.flat // self.place.ep, ranks // self.place.ep
+        return self.place.stage_rank // self.place.ep, ranks // self.place.ep
 
     @property
     def experts(self) -> tuple[int, int]:
         """(index, count) among the parts the experts are shared out to."""
-        return self.flat % self.place.ep, self.place.ep
+        return self.place.stage_rank % self.place.ep, self.place.ep
 
 
 Strategy = Callable[[View, Cut], View]
@@ -271,11 +266,6 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
     if extra % ep or experts % ep:
         return [*range(experts), *range(extra)]
     own, more, a_node = experts // ep, extra // ep, ep // nodes
-    if more > own:
-        raise LayoutError(
-            f"layout rtp_llm: physical_experts: {more} redundant experts a part are more than the {own} of "
-            "the next"
-        )
     out = []
     for r in range(ep):
         after = r // a_node * a_node + (r + 1) % a_node

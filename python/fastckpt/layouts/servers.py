@@ -35,7 +35,6 @@ def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str =
     Raises LayoutError for another ep, fewer experts than parts, or a width that does not divide; `instead`:
     the way out of the last, for the message."""
     ranks = placement.tp * placement.dp
-    flat = placement.dp_rank * placement.tp + placement.tp_rank
     if placement.ep not in (1, ranks):
         raise LayoutError(
             f"layout {layout}: experts are shared by all tp * dp ranks or by none: wanted ep 1 or {ranks}, "
@@ -44,13 +43,13 @@ def expert_share(layout: str, placement: Placement, sizes: Sizes, instead: str =
     if placement.ep > max(sizes.experts, 1):
         raise LayoutError(f"layout {layout}: {sizes.experts} experts are fewer than ep {placement.ep}")
     if placement.ep > 1:
-        return Share(0, 1, flat, ranks)
+        return Share(0, 1, placement.stage_rank, ranks)
     width = sizes.widths.get(sizes.expert_width, 0)
     if width % ranks:
         raise LayoutError(
             f"layout {layout}: {sizes.expert_width} {width} does not divide by tp * dp {ranks}{instead}"
         )
-    return Share(flat, ranks, 0, 1)
+    return Share(placement.stage_rank, ranks, 0, 1)
 
 
 def layer_range(layout: str, placement: Placement, layers: int) -> range:

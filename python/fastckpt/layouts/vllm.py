@@ -28,11 +28,12 @@ from ..stored import constant
 from ..target import Target
 from ..views import View, cat, stack, zeros
 from .cuts import biases_of, in_part, joined, out_part, padded_part
-from .engines import Form, Renamed, Served, known, served
+from .engines import HUB, Form, Renamed, Served, known, served
 from .hub_form import bias, in_form, norm, out_by_in, parameter
 from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .requirements import (
+    Subject,
     require_delta,
     require_even,
     require_heads,
@@ -90,10 +91,9 @@ class Vllm:
         vocabulary do not divide, where kv heads neither divide nor repeat evenly, for more stages than
         layers, for another ep, for a model that is no decoder, and for a family or a pipeline that the
         engine's table lacks."""
-        engine = None
+        engine = HUB
         if self.engine:
             engine = served(self.engine, model.family, model.quant_method, model.architecture)
-        if engine is not None:
             self._require_engine(engine, model, placement)
         self._require_subjects(model, placement)
         model = self._padded(model, placement)
@@ -108,8 +108,7 @@ class Vllm:
         targets = self._targets(model, placement, share, stage, engine)
         dtype = model.embedding.weight.dtype
         named = (_named(t, renamed, engine, dtype) for t in targets)
-        form = engine.quantised.get(model.quant_method) if engine is not None else None
-        return named if form is None else _in_form(named, form, dtype)
+        return _in_form(named, engine.form(model.quant_method), dtype)
 
     def _require_subjects(self, model: Model, placement: Placement) -> None:
         own = (isinstance(x.mlp, Experts) and x.mlp.stacks is None for x in model.layers)
@@ -117,9 +116,9 @@ class Vllm:
             "vllm",
             self,
             {
-                "experts": (lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
-                "gate_up": (lambda: any(own), f"experts of gate and up, which {model.family} has not"),
-                "tower": (lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
+                "experts": Subject(lambda: placement.ep > 1, f"ep above 1, got {placement.ep}"),
+                "gate_up": Subject(lambda: any(own), f"experts of gate and up, which {model.family} has not"),
+                "tower": Subject(lambda: model.family in WHOLE, f"one of {', '.join(sorted(WHOLE))}"),
             },
         )
 
@@ -183,15 +182,15 @@ class Vllm:
             raise LayoutError(f"engine {self.engine}: {model.family}: wanted {wanted}, got {got}")
 
     def _targets(
-        self, model: Model, placement: Placement, share: Share, stage: range, engine: Served | None
+        self, model: Model, placement: Placement, share: Share, stage: range, engine: Served
     ) -> Iterator[Target]:
-        everywhere = engine.everywhere or () if engine is not None else ()
+        everywhere = engine.everywhere or frozenset()
         first, last = placement.pp_rank == 0, placement.pp_rank == placement.pp - 1
         first = first or "embedding" in everywhere
         head = last or "head" in everywhere
         tied = head and model.tied
         if first or tied:
-            as_head = tied and engine is not None and engine.tied in ("head", "always")
+            as_head = tied and engine.tied in ("head", "always")
             module = model.lm_head if as_head else model.embedding
             yield Target(f"{module.name}.weight", self._rows(model.embedding.weight, placement))
         if model.tower is not None:
@@ -208,7 +207,7 @@ class Vllm:
         for i in stage:
             layer = model.layers[i]
             targets = self._layer(layer, model, placement, share, engine)
-            if engine is not None and engine.reading and isinstance(layer.attention, Queries):
+            if engine.reading and isinstance(layer.attention, Queries):
                 targets = _moved(targets, layer.name, f"{engine.reading}.{reading}")
                 reading += 1
             yield from targets
@@ -234,35 +233,31 @@ class Vllm:
         return padded_part(view, self.vocab_padding, placement.tp_rank, placement.tp)
 
     def _layer(
-        self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served | None
+        self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served
     ) -> Iterator[Target]:
+        form, as_hub, rates = engine.form(model.quant_method), engine.hub_rows, bool(self.engine)
         yield from norm(layer.attention_norm)
-        if layer.vision is not None:
-            raise LayoutError(f"layout vllm has no place for {layer.vision.attention.o.name}")
         if layer.attention is not None:
-            as_hub = engine is not None and engine.hub_rows
-            yield from attention_part(layer.attention, model, placement, as_hub, rates=engine is not None)
-        if engine is not None and isinstance(layer.attention, Attention | Queries | Mla):
+            yield from attention_part(layer.attention, model, placement, as_hub, rates=rates)
+        if isinstance(layer.attention, Attention | Queries | Mla):
             module, own = parent(layer.attention.o.name), model.embedding.weight.dtype
-            for held in (*engine.held, *engine.quantised.get(model.quant_method, Form()).held):
+            for held in (*engine.held, *form.held):
                 one = constant(np.full(1, held.value, np.float32), dtypes.float32)
                 yield Target(f"{module}.{held.name}", one if held.float32 else one.cast(own), held.shape)
         if layer.mamba is not None and model.sizes.mamba is not None:
-            yield from mixer_part(layer.mamba, model.sizes.mamba, placement, rates=engine is not None)
+            yield from mixer_part(layer.mamba, model.sizes.mamba, placement, rates=rates)
         yield from norm(layer.attention_after)
         yield from norm(layer.mlp_norm)
         if isinstance(layer.mlp, Experts):
-            form = None if engine is None else engine.quantised.get(model.quant_method)
             yield from self._experts(layer.mlp, placement, share, form, model.family in APART)
         elif layer.mlp is not None:
-            as_hub = engine is not None and engine.hub_rows
             yield from _mlp(layer.mlp, placement, as_hub, model.family in APART)
         yield from norm(layer.mlp_after)
         for role in layer.whole:
             yield from parameter(role)
 
     def _experts(
-        self, moe: Experts, placement: Placement, share: Share, form: Form | None, apart: bool
+        self, moe: Experts, placement: Placement, share: Share, form: Form, apart: bool
     ) -> Iterator[Target]:
         yield from out_by_in(moe.router)
         if moe.correction is not None:
@@ -274,9 +269,9 @@ class Vllm:
             yield from _stacks(moe.name, moe.stacks, held, share)
         else:
             mlps = [moe.experts[e] for e in held]
-            if form is not None and form.marlin:
+            if form.marlin:
                 _require_marlin(mlps[0].up)
-            biased = form is not None and form.biased and bool(mlps[0].up.beside)
+            biased = form.biased and bool(mlps[0].up.beside)
             downs = [in_part(mlp.down, share.index, share.count) for mlp in mlps]
             for part, linears in (
                 ("w13", [self._pair(mlp, share) for mlp in mlps]),
@@ -368,16 +363,14 @@ def _tower_attention(
         yield from heads_part(attention, sizes, placement)
 
 
-def _named(target: Target, renamed: Renamed, engine: Served | None, own: DType) -> Target:
+def _named(target: Target, renamed: Renamed, engine: Served, own: DType) -> Target:
     """The target under vLLM's name for its module, then under the engine's for the tensor."""
     name, view = f"^{target.name}", target.view
     for old, new in renamed:
         name = name.replace(old, new)
-    name = name.removeprefix("^")
-    if engine is not None:
-        name = engine.name(name)
-        held = engine.dtype(name, own)
-        view = view if held is None else view.as_stored().cast(held)
+    name = engine.name(name.removeprefix("^"))
+    if (held := engine.dtype(name, own)) is not None:
+        view = view.as_stored().cast(held)
     return target if name == target.name and view is target.view else Target(name, view, target.shape)
 
 

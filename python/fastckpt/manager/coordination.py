@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -114,8 +115,6 @@ class Meeting:
     seen the same ones. A file of a dead run names other nonces and is never taken for an answer."""
 
     def __init__(self, root: str, rank: int, world: int, timeout: float, name: str) -> None:
-        if not 0 <= rank < world:
-            raise ManagerError(f"rank {rank} is outside the {world} ranks of the job")
         self.rank, self.world = rank, world
         self._directory = os.path.join(root, MEETING)
         self._timeout, self._name, self._round = timeout, name, 0
@@ -223,9 +222,7 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
                 f"rank {rank} of {world} was asked for, torch.distributed says {dist.get_rank()} of "
                 f"{dist.get_world_size()}"
             )
-        return (
-            (Distributed(timeout), Distributed(timeout)) if dist.get_world_size() > 1 else (Alone(), Alone())
-        )
+        return _twice(lambda name: Distributed(timeout) if dist.get_world_size() > 1 else Alone())
     if world is None and rank is None:
         rank, world = _launched()
     if rank is None or world is None:
@@ -234,7 +231,17 @@ def join(root: str, rank: int | None, world: int | None, timeout: float) -> tupl
         raise ManagerError(f"rank {rank} of {world}: wanted a rank from 0 on and below the world")
     if world == 1:
         return Alone(), Alone()
-    return Meeting(root, rank, world, timeout, "main"), Meeting(root, rank, world, timeout, "save")
+    return _twice(partial(Meeting, root, rank, world, timeout))
+
+
+def _twice(make: Callable[[str], Group]) -> tuple[Group, Group]:
+    """Two groups, or none: one that is left over would keep its threads and sockets."""
+    first = make("main")
+    try:
+        return first, make("save")
+    except BaseException:
+        first.close()
+        raise
 
 
 def _launched() -> tuple[int, int]:

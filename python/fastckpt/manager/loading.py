@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -26,6 +27,9 @@ from .pieces import PLAIN, box_of
 from .saving import Disk, engine_tag
 from .state_tree import MISSING, Builder, Engine, Flat, fill, flatten
 from .template_check import check
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class _Load:
         self.began = time.perf_counter()
         self.tensors: dict[str, torch.Tensor] = {}
         self.notes: list[str] = []
-        self.opened: Opened | None = None
+        self.opened: Opened  # from the first round on
         self.nbytes = 0
         self.engines: dict[str, Engine] = {}
 
@@ -80,8 +84,7 @@ class _Load:
             return [time.perf_counter() - self.began, self.nbytes]
 
         done = together(self.group, what, apply)
-        saved = () if self.opened is None else tuple(self.opened.names)
-        return Loaded(value, saved, Took.of(done), tuple(self.notes))
+        return Loaded(value, tuple(self.opened.names), Took.of(done), tuple(self.notes))
 
     def _read(self) -> JSON:
         asked = self.asked
@@ -146,8 +149,8 @@ class _Load:
             box = boxes.get(name)
             if box is None:
                 return opened.read(name)
-            template = held[name]
-            local = tuple(template.to_local().shape)  # type: ignore[attr-defined]
+            template = cast("DTensor", held[name])  # else it had no box
+            local = tuple(template.to_local().shape)
             if 0 in local:
                 return _like(template, torch.empty(local, dtype=template.dtype, device="cpu"))
             return _like(template, opened.read(name, (box.offset, local)))
@@ -160,16 +163,14 @@ class _Load:
 
     def _value(self, client_state: Mapping[str, object]) -> object:
         """What the caller gets; the template is filled here."""
-        asked, opened = self.asked, self.opened
-        if opened is None:
-            raise ManagerError(f"step {self.step} was not opened")
+        asked = self.asked
         if asked.names is not None:
             held = _held(asked.template)
             return {n: fill(held[n], t) if n in held else t for n, t in self.tensors.items()}
         template = MISSING if asked.template is None else asked.template
         if isinstance(template, Engine):
             return dict(client_state)
-        value = Builder(self.tensors, asked.allow_missing).build(opened.tree, template)
+        value = Builder(self.tensors, asked.allow_missing).build(self.opened.tree, template)
         if isinstance(value, dict) and client_state:
             value.setdefault("client_state", dict(client_state))
         return value
@@ -210,12 +211,10 @@ def _held(template: object) -> Mapping[str, torch.Tensor]:
     raise ManagerError("restore of names: wanted a dict of tensors by name as template")
 
 
-def _like(template: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+def _like(template: DTensor, local: torch.Tensor) -> DTensor:
     """A local part as a tensor cut like the template."""
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(template, DTensor):
-        return local
     return DTensor.from_local(
         local.to(template.device),
         template.device_mesh,

@@ -16,8 +16,8 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, Digesting, combine, digest64
 from ..dtypes import DType
 from ..errors import ManagerError, SourceError, near
-from ..extents import fill, pieces_of
 from ..output.manifest import FileEntry, Manifest, TensorEntry
+from ..paths import fill, pieces_of
 from ..road import reshard
 from ..running.tensors import torch_dtype
 from ..sources.training import CommitFiles, Shared, aliases_of, names_in
@@ -138,7 +138,9 @@ class Opened:
                     piece = into[k * LEAF : (k + 1) * LEAF]
                     fill(piece, f.fileno(), entry.offset + k * LEAF)
                     leaves[k] = digest64(piece)
-        except (OSError, SourceError) as e:
+        except OSError as e:
+            raise SourceError(f"{path}: {name}: {e.strerror}") from None
+        except SourceError as e:
             raise SourceError(f"{path}: {name}: {e}") from None
         if combine(leaves) != entry.digest:
             raise SourceError(f"{path}: {name}: its bytes differ from the commit's digest")

@@ -62,11 +62,6 @@ class Taken:
     aliases: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all pieces."""
-        return sum(p.nbytes for p in self.pieces.values())
-
 
 class Snapshots:
     """Takes tensors to host memory. A snapshot has its host buffers to itself until `give_back`: the next one
@@ -197,6 +192,10 @@ class Claim:
             case _:
                 raise ManagerError(f"a rank claims {said!r}, which is no tensor")
 
+    def __str__(self) -> str:
+        cut = "" if self.whole is None else f", a part of {self.whole}"
+        return f"{self.dtype} {self.shape}{cut}"
+
     @property
     def nbytes(self) -> int:
         """Bytes."""
@@ -225,13 +224,17 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
         out[name] = Shared(BY_NAME[claim.dtype], claim.shape, (whole,), True)
     for name in names:
         held = [(r, c[name]) for r, c in enumerate(claims) if name in c]
-        if held[0][1].whole is None:
+        cut = [(rank, claim) for rank, claim in held if claim.whole is not None]
+        if not cut:
             continue
         boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        first = held[0][1]
+        where, first = cut[0]
         for rank, claim in held:
             if (claim.dtype, claim.whole) != (first.dtype, first.whole) or claim.offset is None:
-                raise ManagerError(f"state: {name} is {claim} on rank {rank}, {first} on rank {held[0][0]}")
+                raise ManagerError(
+                    f"state: {name} is {claim} on rank {rank}, {first} on rank {where}; wanted parts of one "
+                    "tensor, or a name of its own for each"
+                )
             box = boxes.setdefault((claim.offset, claim.shape), [])
             if box and claims[box[0]][name].digest != claim.digest:
                 raise ManagerError(

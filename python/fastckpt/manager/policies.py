@@ -38,7 +38,7 @@ Keep = Callable[[Sequence[Commit]], set[int]]
 
 def every(n: int) -> When:
     """At steps that `n` divides."""
-    _positive("save interval", n)
+    positive("save interval", n)
     return lambda m: m.step % n == 0
 
 
@@ -89,13 +89,13 @@ def when_asked(interval: int, steps: Collection[int], seconds: float | None, whe
 
 def newest(n: int) -> Keep:
     """The last `n`."""
-    _positive("max_to_keep", n)
+    positive("max_to_keep", n)
     return lambda commits: {c.step for c in commits[-n:]}
 
 
 def multiples(n: int) -> Keep:
     """Steps that `n` divides."""
-    _positive("keep_period", n)
+    positive("keep_period", n)
     return lambda commits: {c.step for c in commits if c.step % n == 0}
 
 
@@ -123,7 +123,7 @@ def spaced(seconds: float) -> Keep:
 
 def best(n: int, metric: str, mode: str = "min", *, without: bool = False) -> Keep:
     """The `n` best by a metric, the newer of equals; `without`: also commits that lack it. NaN is worst."""
-    _positive("keep_best", n)
+    positive("keep_best", n)
     order = ranking(metric, mode)
 
     def keep(commits: Sequence[Commit]) -> set[int]:
@@ -190,7 +190,8 @@ def _require_mode(mode: str) -> None:
         raise ManagerError(f"mode {mode!r}: wanted min or max")
 
 
-def _positive(what: str, n: int) -> None:
+def positive(what: str, n: int) -> None:
+    """Raises ManagerError for a number below 1, FastckptError for what is no number."""
     expect(what, n, int)
     if n < 1:
         raise ManagerError(f"{what}: wanted at least 1, got {n}")

@@ -14,15 +14,16 @@ from contextlib import suppress
 from .. import sources
 from ..checkpoint import Checkpoint
 from ..errors import ManagerError, SourceError
-from ..extents import is_directory, is_file
 from ..output.filesystem import as_write_errors, real, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
+from ..paths import is_directory, is_file
 from ..planning.plans import Plan
 from ..planning.request import Serving
 from ..road import plan, reshard
 from ..running.runs import Progress, Report, require_place
 from ..sources.training import ENGINE, engine_directory, parts_of
 from .opened import Opened, check_files
+from .policies import positive
 
 CURRENT = "current"
 _TRASH = ".trash-"
@@ -68,6 +69,8 @@ def publish(
 ) -> Report | None:
     """Write `to/VERSION` and make it current; None where it was there already, whole, and only the link
     moved. Raises what `reshard` raises."""
+    if keep is not None:
+        positive("keep", keep)
     root = real(to)
     path = os.path.join(root, _checked(version))
     made = None
@@ -84,8 +87,12 @@ def publish(
     return made
 
 
-def rehearsed(source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving) -> Plan:
+def rehearsed(
+    source: Checkpoint, version: str, to: str | os.PathLike[str], serving: Serving, *, keep: int | None = None
+) -> Plan:
     """The plan of `publish`, which writes nothing. Raises what `publish` raises before its first byte."""
+    if keep is not None:
+        positive("keep", keep)
     path = os.path.join(real(to), _checked(version))
     planned = plan(source, **serving)
     if os.path.exists(os.path.join(path, NAME)):
@@ -161,8 +168,7 @@ def point(to: str | os.PathLike[str], version: str) -> None:
 
 def gc(to: str | os.PathLike[str], keep: int) -> list[str]:
     """Remove all but the newest `keep` versions, never the current one; the names that went."""
-    if keep < 1:
-        raise ManagerError(f"keep: wanted at least 1, got {keep}")
+    positive("keep", keep)
     root, live = real(to), current(to)
     gone = [v for v in versions(root)[:-keep] if v != live]
     for name in gone:

@@ -195,10 +195,8 @@ class RemoteStore(Store):
     def _hint(self, name: str) -> None:
         """Write `latest` here and there; only a hint, so a failure is none."""
         super()._hint(name)
-        try:
+        with suppress(OSError):
             self._far.put(os.path.join(self.root, LATEST), LATEST)
-        except OSError:
-            return
 
 
 def store_at(

@@ -24,7 +24,7 @@ from ..errors import LayoutError, WriteError
 Spec = tuple[str, DType, tuple[int, ...]]
 """A tensor before it has a place: name, dtype, shape."""
 
-Part = tuple[int, bytes | bytearray]
+Frame = tuple[int, bytes | bytearray]
 """Bytes of a file that are no tensor's: offset in the file, the bytes."""
 
 
@@ -32,7 +32,7 @@ def _no_head() -> Iterable[bytes]:
     return ()
 
 
-def _no_end(crcs: Mapping[str, int]) -> list[Part]:
+def _no_end(crcs: Mapping[str, int]) -> list[Frame]:
     return []
 
 
@@ -144,10 +144,10 @@ class FileLayout:
     path: str
     nbytes: int
     slots: SlotTable
-    fixed: tuple[Part, ...]
+    fixed: tuple[Frame, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     crc: bool = False
-    closing: Callable[[Mapping[str, int]], list[Part]] = _no_end
+    closing: Callable[[Mapping[str, int]], list[Frame]] = _no_end
     head: Callable[[], Iterable[bytes]] = _no_head
 
 

@@ -171,11 +171,11 @@ class Part:
                 )
             if not os.path.samestat(os.fstat(fd), os.stat(marker)):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), marker)
+            self._sweep()
         except BaseException:
             unlock(fd)
             raise
         self._lock = fd
-        self._sweep()
 
     # ---- records ----
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..digest import crc32, digest64
 from ..errors import WriteError
-from .files import FileLayout, Part, SlotTable, Spec, Specs, unique
+from .files import FileLayout, Frame, SlotTable, Spec, Specs, unique
 from .pickling import Wrap, pickled
 
 _ALIGN = 64
@@ -40,7 +40,7 @@ def torch_layout(
         (".storage_alignment", b"64"),
         ("byteorder", b"little"),
     ]
-    fixed: list[Part] = []
+    fixed: list[Frame] = []
     members: list[_Member] = []
     at = 0
 
@@ -137,7 +137,7 @@ class _Zip:
     def directory_nbytes(self) -> int:
         return sum(46 + len(m.name) + len(m.zip64(0)) for m in self.members) + 56 + 20 + 22
 
-    def seal(self, crcs: Mapping[str, int]) -> list[Part]:
+    def seal(self, crcs: Mapping[str, int]) -> list[Frame]:
         missing = [m.slot for m in self.members if m.slot is not None and m.slot not in crcs]
         if missing:
             raise WriteError(f"{self.path}: no CRC32 given for {missing[0]} ({len(missing)} in all)")

@@ -18,9 +18,10 @@ import numpy as np
 import xxhash
 
 from ..checkpoint import JSON, Checkpoint
+from ..digest import values_digest
 from ..dtypes import DTYPES
 from ..errors import WriteError
-from ..extents import unexpanded
+from ..paths import unexpanded
 from ..placement import Placement
 from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme
@@ -63,11 +64,6 @@ def user_cache(*within: str) -> str | None:
     return os.path.join(home, "fastckpt", *within) if os.path.isabs(home) else None
 
 
-def digest(values: JSON) -> str:
-    """Hex digest of plain values."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
 def inputs(ckpt: Checkpoint, placement: Placement, options: Mapping[str, JSON]) -> str:
     """The digest of all that shapes an output, for all ranks alike."""
     grid = placement.tp, placement.pp, placement.dp, placement.ep
@@ -80,7 +76,7 @@ def inputs(ckpt: Checkpoint, placement: Placement, options: Mapping[str, JSON]) 
     shaping += [[code, *shape] for code, shape in kinds]
     if not ckpt.structure:
         shaping += [[e.key, e.nbytes] for e in ckpt.extents]
-    return digest([*shaping, dict(options)])
+    return values_digest([*shaping, dict(options)])
 
 
 @cache

@@ -19,14 +19,15 @@ from ..checkpoint import JSON, Checkpoint
 from ..collector import paused
 from ..computed import prequantised, quantised_sources
 from ..computed.nowhere import lies_nowhere
-from ..digest import LEAF
+from ..digest import LEAF, values_digest
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
-from ..errors import LayoutError
-from ..extents import Extent, Extents, pieces_of
+from ..errors import LayoutError, ViewError
+from ..extents import Extent, Extents
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Specs, safetensors_layout, split
 from ..output.pickling import Wrap
 from ..output.torchzip import torch_layout
+from ..paths import pieces_of
 from ..placement import Placement
 from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion, Quantised
@@ -148,7 +149,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
         notes += (f"tied, stored under one name, and no config says so: {ties}",)
     tensors, files, texts = _laid_out(made, rows, namings, aliases, request)
     return Plan(
-        key=plancache.digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
+        key=values_digest([inputs, ckpt.headers, *([] if in_memory else _beside(ckpt))]),
         checkpoint=ckpt,
         layout=resolved.name,
         placement=placement,
@@ -230,7 +231,11 @@ def _as_asked(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
                 'quant="none" (--quant none) makes dense weights'
             )
-        yield rank, Target(name, view.cast(kind), target.shape)
+        try:
+            view = view.cast(kind)
+        except ViewError as e:
+            raise ViewError(f"{name}: {e}") from None
+        yield rank, Target(name, view, target.shape)
 
 
 def _beside(ckpt: Checkpoint) -> list[JSON]:
@@ -252,7 +257,7 @@ def _kept_or_compiled(
     extents, expansion = resolved.checkpoint.extents, resolved.expansion
     if request.only is not None or not resolved.ours or not resolved.checkpoint.structure:
         return _compiled(stream, extents, expansion)
-    key = plancache.digest([*inputs, plancache.code()])
+    key = values_digest([*inputs, plancache.code()])
     kept = plancache.load(key, len(extents), None if expansion is None else expansion.quant.scheme)
     if kept is not None:
         own = {name: name for name in resolved.checkpoint.entries}  # one string for both

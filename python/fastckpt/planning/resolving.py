@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from .. import layouts, recipes
 from ..checkpoint import JSON, Cast, Checkpoint
 from ..computed import prequantised, quantised_sources
+from ..digest import values_digest
 from ..dtypes import DType, float32
 from ..errors import LayoutError, RecipeError
 from ..layouts import Adapts, ByNames, ByRoles, Layout, Resizes
@@ -224,7 +223,7 @@ def _by_roles(
         raise RecipeError(f"layout {name}, which places what is quantised: {error}") from error
     options["family"] = model.family
     options["recipe"] = asked
-    options["config"] = xxhash.xxh3_64_hexdigest(json.dumps(dict(config), sort_keys=True).encode())
+    options["config"] = values_digest(dict(config))
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
     changed = quantised_config.served_config(config, ckpt.entries) if engine else {}
     if resized or changed:

@@ -8,7 +8,7 @@ from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..model import Mlp
 from .claims import Claims, Dim, flag
-from .towers import Built, Said, Shapes, StoredLayer, blocks, carried, mlp, norms, of, vision
+from .towers import Built, Config, Shapes, StoredLayer, blocks, carried, mlp, norms, of, vision
 
 _APART = tuple(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out"))
 CLIP = StoredLayer(("layer_norm1", "layer_norm2"), _APART, ("mlp.fc1", "mlp.fc2"))
@@ -28,7 +28,7 @@ PIXTRAL = StoredLayer(
 )
 
 
-def _side(said: Said, key: str) -> Dim:
+def _side(said: Config, key: str) -> Dim:
     """A size that some configs give as [height, width]. Raises RecipeError where those differ."""
     value = said.get(f"vision_config.{key}")
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
@@ -36,7 +36,7 @@ def _side(said: Said, key: str) -> Dim:
     return of(said, key)
 
 
-def _last(said: Said, features: JSON) -> int:
+def _last(said: Config, features: JSON) -> int:
     """The last of the layers, counted from 1, whose output a config's vision_feature_layer names; negative
     ones count from the end, -1 the last. Raises RecipeError."""
     count = of(said, "num_hidden_layers").size
@@ -48,12 +48,12 @@ def _last(said: Said, features: JSON) -> int:
     return max(last)
 
 
-def _grid(said: Said) -> int:
+def _grid(said: Config) -> int:
     """How many patches an image has."""
     return (_side(said, "image_size").size // _side(said, "patch_size").size) ** 2
 
 
-def _kernel(said: Said, inner: Dim) -> tuple[Dim, ...]:
+def _kernel(said: Config, inner: Dim) -> tuple[Dim, ...]:
     patch = _side(said, "patch_size")
     return inner, of(said, "num_channels", 3), patch, patch
 
@@ -61,7 +61,7 @@ def _kernel(said: Said, inner: Dim) -> tuple[Dim, ...]:
 def _built(
     claims: Claims,
     at: str,
-    said: Said,
+    said: Config,
     layers: str,
     block: StoredLayer,
     outer: Shapes,
@@ -86,7 +86,7 @@ _CLIP_SIZES = dict(
 )  # fmt: skip
 
 
-def clip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
+def clip(claims: Claims, at: str, config: Config, mergers: tuple[Mlp, ...], features: JSON) -> Built:
     """CLIP's tower, of modules below `at`, or below the `vision_model` that older files have there."""
     said = vision(config, _CLIP_SIZES)
     at, inner = _inside(claims, at), of(said, "hidden_size")
@@ -103,7 +103,7 @@ def clip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], featur
 _SIGLIP_SIZES = _CLIP_SIZES | dict(patch_size=16)
 
 
-def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
+def siglip(claims: Claims, at: str, config: Config, mergers: tuple[Mlp, ...], features: JSON) -> Built:
     """SigLIP's tower, of modules below `at`, or below the `vision_model` that older files have there."""
     said = vision(config, _SIGLIP_SIZES)
     outer = _embedded(said, of(said, "hidden_size"))
@@ -113,7 +113,7 @@ def siglip(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], feat
 _SIGLIP2_SIZES = _SIGLIP_SIZES | dict(num_patches=256)
 
 
-def siglip2(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
+def siglip2(claims: Claims, at: str, config: Config, mergers: tuple[Mlp, ...], features: JSON) -> Built:
     """SigLIP 2's tower for images of any shape, of modules as `siglip` has them: a matrix reads patches."""
     said = vision(config, _SIGLIP2_SIZES)
     inner, patch = of(said, "hidden_size"), of(said, "patch_size")
@@ -127,7 +127,7 @@ def siglip2(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], fea
 
 
 def _siglip(
-    claims: Claims, at: str, said: Said, outer: Shapes, mergers: tuple[Mlp, ...], features: JSON
+    claims: Claims, at: str, said: Config, outer: Shapes, mergers: tuple[Mlp, ...], features: JSON
 ) -> Built:
     at, inner, width = _inside(claims, at), of(said, "hidden_size"), of(said, "intermediate_size")
     if flag(said, "vision_config.vision_use_head", True):
@@ -151,7 +151,7 @@ def _siglip(
 _IDEFICS3_SIZES = _CLIP_SIZES | dict(hidden_size=1152, num_attention_heads=16)
 
 
-def idefics3(claims: Claims, at: str, config: Said) -> Built:
+def idefics3(claims: Claims, at: str, config: Config) -> Built:
     """Idefics 3's and SmolVLM's tower, of modules below `at`: SigLIP's without a pooling head."""
     said = vision(config, _IDEFICS3_SIZES)
     inner = of(said, "hidden_size")
@@ -159,7 +159,7 @@ def idefics3(claims: Claims, at: str, config: Said) -> Built:
     return _built(claims, at, said, "encoder.layers", CLIP, outer, ())
 
 
-def _embedded(said: Said, inner: Dim) -> Shapes:
+def _embedded(said: Config, inner: Dim) -> Shapes:
     """SigLIP's patches and positions."""
     return {
         "embeddings.patch_embedding.weight": _kernel(said, inner),
@@ -179,7 +179,7 @@ _PIXTRAL_SIZES = dict(
 )  # fmt: skip
 
 
-def pixtral(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
+def pixtral(claims: Claims, at: str, config: Config, mergers: tuple[Mlp, ...], features: JSON) -> Built:
     """Pixtral's tower, of modules below `at`."""
     said = vision(config, _PIXTRAL_SIZES)
     inner = of(said, "hidden_size")
@@ -193,7 +193,7 @@ _LLAMA4_SIZES = dict(
 )  # fmt: skip
 
 
-def llama4(claims: Claims, at: str, config: Said) -> Built:
+def llama4(claims: Claims, at: str, config: Config) -> Built:
     """Llama 4's tower, of modules below `at`, and its adapter."""
     said = vision(config, _LLAMA4_SIZES)
     inner, patch = of(said, "hidden_size"), _side(said, "patch_size")
@@ -214,7 +214,7 @@ def llama4(claims: Claims, at: str, config: Said) -> Built:
 _INTERNVL_SIZES = _PIXTRAL_SIZES | dict(image_size=448, patch_size=14)
 
 
-def internvl(claims: Claims, at: str, config: Said, mergers: tuple[Mlp, ...], features: JSON) -> Built:
+def internvl(claims: Claims, at: str, config: Config, mergers: tuple[Mlp, ...], features: JSON) -> Built:
     """InternVL's tower, of modules below `at`. Raises RecipeError for one with RMS norms, or with norms of q
     and k (InternVL's largest)."""
     said = vision(config, _INTERNVL_SIZES)

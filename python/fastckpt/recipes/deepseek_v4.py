@@ -17,7 +17,7 @@ from ..mixers import Compressed, CompressedIndexer, Compressor
 from ..model import Experts, HubCuts, Model
 from ..roles import Parameter
 from .attention import Attending
-from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer, layer_index
+from .claims import Claims, Dim, Heads, absent, dim, each_layer, integer, layer_index, section
 from .decoder import claimed, decoder
 from .dense import Feeding, gated
 from .kind import IGNORED, Kind, Norms, Vocabulary
@@ -176,9 +176,7 @@ def _first(said: JSON, count: int) -> JSON:
 
 def _runs(config: Mapping[str, JSON]) -> dict[str, int]:
     """How many tokens become one entry in each kind of layer. Raises RecipeError."""
-    said = config.get("compress_rates") or {}
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: compress_rates must be an object, got {said!r}")
+    said = section(config, "compress_rates", optional=True)
     older = {SPARSE: "compress_rate_csa", "heavily_compressed_attention": "compress_rate_hca"}
     usual = {kind: integer(said, kind, RUNS[kind]) for kind in older}
     return {"sliding_attention": 0} | {kind: integer(config, key, usual[kind]) for kind, key in older.items()}

@@ -13,7 +13,7 @@ from ..mixers import Attention, Queries
 from ..model import Experts, Mlp, Model, PerLayer, Stacked
 from ..roles import Parameter
 from .attention import Attending, others, unlike
-from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer, layer_index
+from .claims import Claims, Dim, Heads, absent, dim, each_layer, flag, integer, layer_index, section
 from .decoder import Whole, claimed, decoder
 from .dense import Feeding, gated
 from .gemma import AROUND
@@ -156,19 +156,15 @@ def _heads(config: Mapping[str, JSON], count: int) -> tuple[list[Heads], list[bo
     if config.get("layer_types") is not None:
         full = [kind == FULL for kind in each_layer(config, "layer_types", count, (FULL, SLIDING))]
     full[-1] = True  # as transformers has it, whatever a config says
-    usual = {"head_dim": integer(config, "head_dim", 256), "num_key_value_heads": 4}
-    usual["num_key_value_heads"] = integer(config, "num_key_value_heads", 4)
+    kv = integer(config, "num_key_value_heads", 4)
+    usual = {"head_dim": integer(config, "head_dim", 256), "num_key_value_heads": kv}
     wide = usual | {"head_dim": integer(config, "global_head_dim", 512)}
     if flag(config, "attention_k_eq_v", False):
-        wide["num_key_value_heads"] = integer(
-            config, "num_global_key_value_heads", usual["num_key_value_heads"]
-        )
+        wide["num_key_value_heads"] = integer(config, "num_global_key_value_heads", kv)
     q = integer(config, "num_attention_heads", 8)
     own = [wide if each else usual for each in full]
     if "per_layer_config" in config:
-        said = config["per_layer_config"] or {}
-        if not isinstance(said, dict):
-            raise RecipeError(f"config: per_layer_config must be an object, got {said!r}")
+        said = section(config, "per_layer_config", optional=True)
         own = [usual | _overrides(said.get(str(i), {}), i) for i in range(count)]
     return [Heads(q, each["num_key_value_heads"], each["head_dim"]) for each in own], full
 

@@ -12,7 +12,7 @@ from ..checkpoint import JSON
 from ..errors import RecipeError
 from ..roles import Parameter
 from .claims import Claims, Dim, dim, flag
-from .towers import Said, Shapes, carried, norms, of, vision
+from .towers import Config, Shapes, carried, norms, of, part, vision
 
 AT = "model"
 CLIPPED = ("input_min", "input_max", "output_min", "output_max")
@@ -28,7 +28,7 @@ _SOUND = dict(
 _PATCHES = dict(patch_size=16, pooling_kernel_size=3, mm_embed_dim=3840, mm_posemb_size=1120)
 
 
-def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
+def beside(claims: Claims, config: Config, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
     """Claims the towers that config speaks of; `hidden`: the decoder's hidden size. Raises RecipeError."""
     shapes: Shapes = {}
     if config.get("vision_config") is not None:
@@ -38,7 +38,7 @@ def beside(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Param
     return None, carried(claims, AT, shapes)
 
 
-def unified(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
+def unified(claims: Claims, config: Config, hidden: Dim) -> tuple[None, tuple[Parameter, ...]]:
     """Claims what stands for towers in Gemma 4's unified form: vectors of patches and of sound as they are.
     Raises RecipeError. Source: transformers' modeling_gemma4_unified.py."""
     shapes: Shapes = {}
@@ -56,10 +56,9 @@ def unified(claims: Claims, config: Said, hidden: Dim) -> tuple[None, tuple[Para
         shapes |= norms(("vision_embedder.patch_ln1",), pixels)
         shapes |= norms(("vision_embedder.patch_ln2", "vision_embedder.pos_norm"), inner)
     if config.get("audio_config") is not None:
-        told = config["audio_config"]
-        if not isinstance(told, dict):
-            raise RecipeError(f"config: audio_config must be an object, got {told!r}")
-        shapes["embed_audio.embedding_projection.weight"] = hidden, dim(told, "audio_embed_dim", default=640)
+        told = part(config, "audio_config")
+        read = dim(told, "audio_config.audio_embed_dim", default=640)
+        shapes["embed_audio.embedding_projection.weight"] = hidden, read
     return None, carried(claims, AT, shapes)
 
 
@@ -69,7 +68,7 @@ def _matrices(matrices: Mapping[str, tuple[Dim, Dim]], clipped: bool) -> Shapes:
     return out | {f"{name}.{leaf}": () for name in matrices if clipped for leaf in CLIPPED}
 
 
-def _images(claims: Claims, said: Said, hidden: Dim) -> Shapes:
+def _images(claims: Claims, said: Config, hidden: Dim) -> Shapes:
     if flag(said, "vision_config.attention_bias", False):
         raise RecipeError("config: vision_config.attention_bias true is not read")
     inner, width, size = of(said, "hidden_size"), of(said, "intermediate_size"), of(said, "head_dim")
@@ -104,18 +103,15 @@ def _images(claims: Claims, said: Said, hidden: Dim) -> Shapes:
     return _below("vision_tower", out) | {"embed_vision.embedding_projection.weight": (hidden, inner)}
 
 
-def _sound(claims: Claims, config: Said, hidden: Dim) -> Shapes:
-    told = config["audio_config"]
-    if not isinstance(told, dict):
-        raise RecipeError(f"config: audio_config must be an object, got {told!r}")
-    said: dict[str, JSON] = {f"audio_config.{k}": v for k, v in {**_SOUND, **told}.items()}
+def _sound(claims: Claims, config: Config, hidden: Dim) -> Shapes:
+    said = part(config, "audio_config", _SOUND)
     inner, out_size, kernel = (
         dim(said, f"audio_config.{key}") for key in ("hidden_size", "output_proj_dims", "conv_kernel_size")
     )
     heads = dim(said, "audio_config.num_attention_heads").size
     size = Dim(inner.size // heads, "hidden_size / num_attention_heads")
     rows = Dim(heads * size.size, f"num_attention_heads * ({size.key})")
-    first, second = _channels(told.get("subsampling_conv_channels", [128, 32]))
+    first, second = _channels(said.get("audio_config.subsampling_conv_channels", [128, 32]))
     one, three = Dim(1, "1"), Dim(3, "3")
     wide, twice = inner.times(4), inner.times(2)
     layer = _matrices(

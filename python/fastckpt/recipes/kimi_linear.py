@@ -14,7 +14,7 @@ from dataclasses import replace
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import HubCuts, Model
-from .claims import Claims, integer
+from .claims import Claims, integer, section
 from .delta import StoredDelta, delta_net
 from .kind import Kind
 from .known import Known
@@ -64,10 +64,7 @@ def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | No
 
 def _told(config: Mapping[str, JSON], count: int) -> dict[str, JSON]:
     """The config by the keys that are read, as transformers' class finds them. Raises RecipeError."""
-    said = config.get("linear_attn_config") or {}
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: linear_attn_config must be an object, got {said!r}")
-    told = dict(config)
+    told, said = dict(config), section(config, "linear_attn_config", optional=True)
     heads = integer(said, "num_heads", integer(config, "linear_num_heads", 32))
     size = integer(said, "head_dim", integer(config, "linear_head_dim", 128))
     told |= {"linear_num_key_heads": heads, "linear_num_value_heads": heads}

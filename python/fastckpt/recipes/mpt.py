@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Layer, Layers, Mlp, Model, Sizes
-from .claims import Claims, Heads, dim, flag, integer, vocabulary
+from .claims import Claims, Heads, dim, flag, integer, section, vocabulary
 from .fused import fused_attention
 from .known import Known
 
@@ -22,9 +22,7 @@ SLOPES = 8
 
 def recipe(ckpt: Checkpoint, config: Mapping[str, JSON], *, vocab_size: int | None = None) -> Model:
     """The model of an MPT checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    attends = {} if config.get("attn_config") is None else config["attn_config"]
-    if not isinstance(attends, dict):
-        raise RecipeError(f"config: attn_config: wanted an object, got {attends!r}")
+    attends = section(config, "attn_config", optional=True)
     if not flag(attends, "alibi", True) or attends.get("attn_type") not in (None, "multihead_attention"):
         raise RecipeError(f"config: attn_config: wanted alibi and multihead_attention, got {attends}")
     claims = Claims(ckpt, f"{PREFIX}wte.weight", PREFIX)

@@ -11,7 +11,7 @@ from ..model import Mlp
 from . import clip_towers
 from .claims import Claims, Dim, dim, flag, integer
 from .fused import fused_mlp
-from .towers import Built, Said, Shapes, carried, mlp, norms, of, vision
+from .towers import Built, Config, Shapes, carried, mlp, norms, of, vision
 
 TOWERS = {
     "clip_vision_model": clip_towers.clip,
@@ -26,7 +26,7 @@ AT = "multi_modal_projector"
 
 
 def _before(
-    config: Said,
+    config: Config,
     usual: str,
     claims: Claims,
     mergers: tuple[Mlp, ...] = (),
@@ -42,7 +42,7 @@ def _before(
     return TOWERS[kind](claims, at, config, mergers, features)
 
 
-def _inner(config: Said, default: int) -> Dim:
+def _inner(config: Config, default: int) -> Dim:
     return of(vision(config), "hidden_size", default)
 
 
@@ -50,13 +50,13 @@ def _projector(claims: Claims, hidden: Dim, features: Dim, *, bias: bool) -> tup
     return (mlp(claims, AT, ("linear_1", "linear_2"), hidden, features, hidden, bias=bias)(),)
 
 
-def _features(config: Said, usual: int) -> tuple[JSON, int]:
+def _features(config: Config, usual: int) -> tuple[JSON, int]:
     """Which layers' output the projector reads, and of how many."""
     said = config.get("vision_feature_layer")
     return (usual if said is None else said), len(said) if isinstance(said, list) else 1
 
 
-def llava(claims: Claims, config: Said, hidden: Dim, usual: int = -2) -> Built:
+def llava(claims: Claims, config: Config, hidden: Dim, usual: int = -2) -> Built:
     """LLaVA's. `usual`: the layer whose output is read, where config does not say. Raises RecipeError."""
     pixtral = vision(config).get("vision_config.model_type") == "pixtral"
     features, count = _features(config, usual)
@@ -66,13 +66,13 @@ def llava(claims: Claims, config: Said, hidden: Dim, usual: int = -2) -> Built:
     return _before(config, "clip_vision_model", claims, projector, features)
 
 
-def llava_of_tiles(claims: Claims, config: Said, hidden: Dim, usual: int) -> Built:
+def llava_of_tiles(claims: Claims, config: Config, hidden: Dim, usual: int) -> Built:
     """LLaVA's of images in tiles, with a vector between their rows. Raises RecipeError."""
     tower, loose = llava(claims, config, hidden, usual)
     return tower, (*loose, claims.parameter("image_newline", hidden)())
 
 
-def mistral3(claims: Claims, config: Said, hidden: Dim) -> Built:
+def mistral3(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Mistral 3's, which merges neighbouring patches first. Raises RecipeError."""
     inner, (features, count) = _inner(config, 1024), _features(config, -1)
     merged = inner.times(integer(config, "spatial_merge_size", 2) ** 2)
@@ -84,7 +84,7 @@ def mistral3(claims: Claims, config: Said, hidden: Dim) -> Built:
     return tower, (*loose, *carried(claims, AT, shapes))
 
 
-def internvl(claims: Claims, config: Said, hidden: Dim) -> Built:
+def internvl(claims: Claims, config: Config, hidden: Dim) -> Built:
     """InternVL's. Raises RecipeError."""
     ratio = config.get("downsample_ratio", 0.5)
     if not isinstance(ratio, float) or not 0 < ratio <= 1:
@@ -94,7 +94,7 @@ def internvl(claims: Claims, config: Said, hidden: Dim) -> Built:
     return tower, (*loose, *carried(claims, AT, norms(("layer_norm",), features)))
 
 
-def gemma3(claims: Claims, config: Said, hidden: Dim) -> Built:
+def gemma3(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Gemma 3's. Raises RecipeError."""
     inner = _inner(config, 768)
     tower, loose = _before(config, "siglip_vision_model", claims)
@@ -102,14 +102,14 @@ def gemma3(claims: Claims, config: Said, hidden: Dim) -> Built:
     return tower, (*loose, *carried(claims, AT, shapes))
 
 
-def paligemma(claims: Claims, config: Said, hidden: Dim) -> Built:
+def paligemma(claims: Claims, config: Config, hidden: Dim) -> Built:
     """PaliGemma's. Raises RecipeError."""
     tower, loose = _before(config, "siglip_vision_model", claims)
     shapes: Shapes = {"linear.weight": (hidden, _inner(config, 1152)), "linear.bias": (hidden,)}
     return tower, (*loose, *carried(claims, AT, shapes))
 
 
-def cohere2_vision(claims: Claims, config: Said, hidden: Dim) -> Built:
+def cohere2_vision(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Command A Vision's. Raises RecipeError."""
     at, both = f"model.{AT}", dim(config, "alignment_intermediate_size", default=36864)
     if both.size % 2:
@@ -121,7 +121,7 @@ def cohere2_vision(claims: Claims, config: Said, hidden: Dim) -> Built:
     return _before(config, "siglip_vision_model", claims, (projector(),), at="model.vision_tower")
 
 
-def lfm2_vl(claims: Claims, config: Said, hidden: Dim) -> Built:
+def lfm2_vl(claims: Claims, config: Config, hidden: Dim) -> Built:
     """LFM2-VL's. Raises RecipeError."""
     at, width = f"model.{AT}", dim(config, "projector_hidden_size", default=2560)
     read = _inner(config, 768).times(integer(config, "downsample_factor", 2) ** 2)
@@ -132,14 +132,14 @@ def lfm2_vl(claims: Claims, config: Said, hidden: Dim) -> Built:
     return tower, (*loose, *carried(claims, at, shapes))
 
 
-def llama4(claims: Claims, config: Said, hidden: Dim) -> Built:
+def llama4(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Llama 4's. Raises RecipeError."""
     tower, loose = clip_towers.llama4(claims, "vision_model", config)
     shapes: Shapes = {"linear_1.weight": (hidden, of(vision(config), "vision_output_dim", 7680))}
     return tower, (*loose, *carried(claims, AT, shapes))
 
 
-def idefics3(claims: Claims, config: Said, hidden: Dim) -> Built:
+def idefics3(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Idefics 3's and SmolVLM's. Raises RecipeError."""
     tower, loose = clip_towers.idefics3(claims, "model.vision_model", config)
     read = _inner(config, 1152).times(integer(config, "scale_factor", 2) ** 2)

@@ -6,7 +6,7 @@ import math
 
 from ..errors import RecipeError
 from .claims import Claims, Dim, dim, flag, integer
-from .towers import Built, Said, Shapes, StoredLayer, blocks, carried, mlp, norms, of, vision
+from .towers import Built, Config, Shapes, StoredLayer, blocks, carried, mlp, norms, of, vision
 
 QWEN2 = StoredLayer(("norm1", "norm2"), ("attn.qkv", "attn.proj"), ("mlp.fc1", "mlp.fc2"))
 QWEN2_5 = StoredLayer(
@@ -18,14 +18,14 @@ QWEN2_5 = StoredLayer(
 QWEN3 = StoredLayer(("norm1", "norm2"), ("attn.qkv", "attn.proj"), ("mlp.linear_fc1", "mlp.linear_fc2"))
 
 
-def _patches(said: Said, hidden: Dim) -> tuple[Dim, ...]:
+def _patches(said: Config, hidden: Dim) -> tuple[Dim, ...]:
     """The shape of the convolution that reads patches of some neighbouring images. transformers does not read
     the `in_chans` of the hub's older configs."""
     patch = of(said, "patch_size")
     return hidden, of(said, "in_channels", 3), of(said, "temporal_patch_size", 2), patch, patch
 
 
-def qwen2(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def qwen2(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """Qwen2-VL's tower, of modules below `at`; its hidden_size is the decoder's."""
     said = vision(config)
     inner = of(said, "embed_dim")
@@ -33,7 +33,7 @@ def qwen2(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
     return _qwen2(claims, at, said, QWEN2, inner, width, hidden)
 
 
-def qwen2_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def qwen2_5(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """Qwen2.5-VL's tower, of modules below `at`."""
     said = vision(config)
     return _qwen2(claims, at, said, QWEN2_5, of(said, "hidden_size"), of(said, "intermediate_size"), hidden)
@@ -45,7 +45,7 @@ _EXAONE4_5_SIZES = dict(
 )  # fmt: skip
 
 
-def exaone4_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def exaone4_5(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """EXAONE 4.5's tower, of modules below `at`: Qwen2.5-VL's with fewer heads of keys and values."""
     said = vision(config, _EXAONE4_5_SIZES)
     inner, kv = of(said, "hidden_size"), of(said, "num_key_value_heads").size
@@ -55,7 +55,7 @@ def exaone4_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
 def _qwen2(
     claims: Claims,
     at: str,
-    said: Said,
+    said: Config,
     block: StoredLayer,
     inner: Dim,
     width: Dim,
@@ -71,7 +71,7 @@ def _qwen2(
     return tower, carried(claims, at, outer | norms(("merger.ln_q",), inner, bias=block.norm_bias))
 
 
-def qwen3(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def qwen3(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """Qwen3-VL's tower, of modules below `at`, with a merger for each layer that the decoder's first read."""
     read = vision(config).get("vision_config.deepstack_visual_indexes")
     if not isinstance(read, list):
@@ -79,12 +79,12 @@ def qwen3(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
     return _qwen3(claims, at, config, hidden, len(read))
 
 
-def qwen3_5(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def qwen3_5(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """Qwen3.5's tower, of modules below `at`: Qwen3-VL's, of which the decoder reads the last layer alone."""
     return _qwen3(claims, at, config, hidden, 0)
 
 
-def _qwen3(claims: Claims, at: str, config: Said, hidden: Dim, read: int) -> Built:
+def _qwen3(claims: Claims, at: str, config: Config, hidden: Dim, read: int) -> Built:
     """`read`: how many layers the decoder reads beside the last one."""
     said = vision(config)
     inner = of(said, "hidden_size")
@@ -113,7 +113,7 @@ def _qwen3(claims: Claims, at: str, config: Said, hidden: Dim, read: int) -> Bui
     return tower, carried(claims, at, outer)
 
 
-def glm4v(claims: Claims, at: str, config: Said, hidden: Dim) -> Built:
+def glm4v(claims: Claims, at: str, config: Config, hidden: Dim) -> Built:
     """GLM-4.1V's tower, of modules below `at`. Its intermediate_size is the merger's width; layers have that
     of the decoder's hidden vectors."""
     said = vision(config)
@@ -157,7 +157,7 @@ _KIMI_SIZES = dict(
 )  # fmt: skip
 
 
-def kimi_k25(claims: Claims, config: Said, hidden: Dim) -> Built:
+def kimi_k25(claims: Claims, config: Config, hidden: Dim) -> Built:
     """Kimi K2.5's tower and projector, as its hub has them: transformers turns the rows of q and k."""
     said = vision(config, _KIMI_SIZES)
     inner, patch = of(said, "hidden_size"), of(said, "patch_size")

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from ..checkpoint import Checkpoint
 from ..errors import RecipeError
-from ..model import Layer, Layers, Lazy, Model
+from ..model import Layers, Lazy, Model
 from ..views import View
 
 Role = TypeVar("Role")
@@ -37,11 +37,21 @@ def as_the_hub(ckpt: Checkpoint, spellings: Sequence[tuple[str, str]]) -> Checkp
 
     Raises RecipeError where two tensors would have one name."""
     patterns = [(re.compile(other), hub) for other, hub in spellings]
-    names: dict[str, str] = {}
-    for stored in (*ckpt.entries, *ckpt.aliases):
-        name = stored
+
+    def spell(name: str) -> str:
         for pattern, hub in patterns:
             name = pattern.sub(hub, name)
+        return name
+
+    return spelled(ckpt, spell)
+
+
+def spelled(ckpt: Checkpoint, spell: Callable[[str], str]) -> Checkpoint:
+    """The checkpoint by the hub's names, `spell` of its own. Raises RecipeError where two tensors would have
+    one name."""
+    names: dict[str, str] = {}
+    for stored in (*ckpt.entries, *ckpt.aliases):
+        name = spell(stored)
         if names.setdefault(name, stored) != stored:
             raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what the hub calls {name}")
     return ckpt if all(name == stored for name, stored in names.items()) else respelled(ckpt, names)
@@ -55,10 +65,8 @@ def renamed(model: Model, spell: Callable[[str], str]) -> Model:
 def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
     """A role, or what a field of one holds, with other names; layers and experts when they are asked for."""
     made: object = role
-    if isinstance(role, Layers):
-        made = Layers([partial(_layer, role, i, spell) for i in range(len(role))])
-    elif isinstance(role, Lazy):
-        made = Lazy([partial(_nth, role, i, spell) for i in range(len(role))])
+    if isinstance(role, Layers | Lazy):
+        made = role.map(partial(_renamed, spell=spell))
     elif isinstance(role, tuple):
         made = tuple([_renamed(each, spell) for each in role])
     elif is_dataclass(role) and not isinstance(role, type | View):
@@ -69,11 +77,3 @@ def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
         }
         made = replace(role, **new)
     return cast(Role, made)
-
-
-def _layer(layers: Layers, index: int, spell: Callable[[str], str]) -> Layer:
-    return _renamed(layers[index], spell)
-
-
-def _nth(roles: Lazy[Role], index: int, spell: Callable[[str], str]) -> Role:
-    return _renamed(roles[index], spell)

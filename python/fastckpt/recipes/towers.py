@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint import JSON
-from ..errors import RecipeError
 from ..mixers import Attention
 from ..model import Layer, Layers, Mlp, Sizes, Tower
 from ..roles import Linear, Parameter
-from .claims import Claims, Dim, Heads, absent, dim
+from .claims import Claims, Dim, Heads, absent, dim, section
 from .fused import fused_attention
 
-Said = Mapping[str, JSON]
+Config = Mapping[str, JSON]
 Shapes = dict[str, tuple[Dim, ...]]
 Built = tuple[Tower, tuple[Parameter, ...]]
 """A tower, and the tensors beside its layers and mergers."""
@@ -38,16 +37,18 @@ class StoredLayer:
     mlp_bias: bool = True
 
 
-def vision(config: Said, defaults: Mapping[str, int] | None = None) -> Said:
+def vision(config: Config, defaults: Mapping[str, int] | None = None) -> Config:
     """config's `vision_config`, with `defaults` for the sizes it leaves out; keys are spelled as in the whole
     config. Raises RecipeError where there is none."""
-    said = config.get("vision_config")
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: vision_config must be an object, got {said!r}")
-    return {f"vision_config.{k}": v for k, v in {**(defaults or {}), **said}.items()}
+    return part(config, "vision_config", defaults)
 
 
-def of(said: Said, key: str, default: int | None = None) -> Dim:
+def part(config: Config, key: str, defaults: Mapping[str, int] | None = None) -> Config:
+    """`vision` of another part of a config."""
+    return {f"{key}.{k}": v for k, v in {**(defaults or {}), **section(config, key)}.items()}
+
+
+def of(said: Config, key: str, default: int | None = None) -> Dim:
     """The size under a key of `vision`. Raises RecipeError."""
     return dim(said, f"vision_config.{key}", default=default)
 

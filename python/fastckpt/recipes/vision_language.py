@@ -16,7 +16,7 @@ from ..errors import RecipeError
 from ..model import Model, Stacked, Tower
 from ..roles import Parameter
 from . import decoder, gemma4, gemma4_towers, imagining, lfm2, mixture, projectors, qwen_towers
-from .claims import Claims, Dim, dim, flag, integer
+from .claims import Claims, Dim, dim, flag, integer, section
 from .cohere import COHERE2
 from .deepseek import GLM4V_MOE_TEXT, KIMI_K2, MISTRAL4, V3
 from .gemma import GEMMA, GEMMA2
@@ -31,11 +31,11 @@ from .moe import Block
 from .olmo import EXAONE4
 from .qwen_moe import QWEN3_MOE
 from .qwen_next import QWEN3_5, QWEN3_5_MOE
-from .renaming import renamed, respelled
-from .towers import Built, Said
+from .renaming import renamed, respelled, spelled
+from .towers import Built, Config
 
 
-def _qwen3_moe(ckpt: Checkpoint, config: Said, *, vocab_size: int | None = None) -> Model:
+def _qwen3_moe(ckpt: Checkpoint, config: Config, *, vocab_size: int | None = None) -> Model:
     """Qwen3-VL's mixture: stacks [experts, out, in], as transformers 5 has them, or [experts, in, out], as
     the hub does, or each expert on its own, as quantisers leave them. Raises RecipeError where shapes do not
     tell."""
@@ -86,7 +86,7 @@ TEXTS: Mapping[str, Recipe] = {
 """`model_type` of a text_config -> the recipe of the decoder it is of."""
 
 
-TowerClaim = Callable[[Claims, Said, Dim], tuple[Tower | None, tuple[Parameter, ...]]]
+TowerClaim = Callable[[Claims, Config, Dim], tuple[Tower | None, tuple[Parameter, ...]]]
 """Of a config, claims the tower (None: all of it is carried) and the projector to the decoder's hidden size.
 Raises RecipeError."""
 
@@ -137,13 +137,14 @@ class Wrapper:
 
 def recipe(
     ckpt: Checkpoint,
-    config: Said,
+    config: Config,
     *,
     vocab_size: int | None = None,
     wrapper: Wrapper,
 ) -> Model:
     """The model of a vision-language checkpoint; `vocab_size` overrides config's. Raises RecipeError."""
-    ckpt = _saved(ckpt, wrapper)
+    imagined = isinstance(ckpt.entries, Imagined)
+    ckpt = ckpt if imagined else spelled(ckpt, wrapper.saved)
     told = _text_config(config, wrapper)
     kind = told.get("model_type")
     if not isinstance(kind, str) or kind not in wrapper.texts:
@@ -151,7 +152,6 @@ def recipe(
             f"config: no recipe for a {wrapper.family} whose text_config has model_type {kind!r}, known: "
             f"{', '.join(wrapper.texts)}"
         )
-    imagined = isinstance(ckpt.entries, Imagined)
     within = {inner: name for name in (*ckpt.entries, *ckpt.aliases) if (inner := wrapper.inner(name))}
     text = imagining.checkpoint() if imagined else respelled(ckpt, within)
     told["tie_word_embeddings"] = _tied(config, told, wrapper, None if imagined else text)
@@ -177,31 +177,17 @@ def recipe(
     )
 
 
-def _saved(ckpt: Checkpoint, wrapper: Wrapper) -> Checkpoint:
-    """The checkpoint by the names that save_pretrained writes. Raises RecipeError where two become one."""
-    if isinstance(ckpt.entries, Imagined):
-        return ckpt
-    names: dict[str, str] = {}
-    for stored in (*ckpt.entries, *ckpt.aliases):
-        name = wrapper.saved(stored)
-        if names.setdefault(name, stored) != stored:
-            raise RecipeError(f"{ckpt.path}: {names[name]} and {stored} are both what is saved as {name}")
-    return respelled(ckpt, names)
-
-
-def _text_config(config: Said, wrapper: Wrapper) -> dict[str, JSON]:
+def _text_config(config: Config, wrapper: Wrapper) -> dict[str, JSON]:
     """The decoder's config. Raises RecipeError where there is none."""
-    said = config.get("text_config")
-    if said is None and wrapper.flat:
+    if config.get("text_config") is None and wrapper.flat:
         return {**config, "model_type": wrapper.texts[0]}
-    if not isinstance(said, dict):
-        raise RecipeError(f"config: text_config must be an object, got {said!r}")
+    said = section(config, "text_config")
     usual = DEFAULTS.get(str(said.get("model_type")), {})
     quantised = {k: v for k, v in config.items() if k == "quantization_config"}
     return {**usual, **said, **quantised}
 
 
-def _tied(config: Said, told: Said, wrapper: Wrapper, text: Checkpoint | None) -> bool:
+def _tied(config: Config, told: Config, wrapper: Wrapper, text: Checkpoint | None) -> bool:
     """Whether embedding and head are one: as the whole config says, else as the checkpoint has them. Of one
     that is only imagined, as text_config says, else as config's class."""
     default = flag(told, "tie_word_embeddings", wrapper.tied)
@@ -236,10 +222,10 @@ DEFAULTS: Mapping[str, Mapping[str, JSON]] = {
 PaliGemma and Gemma 3 say little more than what differs."""
 
 
-def _within(build: Callable[[Claims, str, Said, Dim], Built], at: str) -> TowerClaim:
+def _within(build: Callable[[Claims, str, Config, Dim], Built], at: str) -> TowerClaim:
     """A tower below the module `at` that has its projector within."""
 
-    def beside(claims: Claims, config: Said, hidden: Dim) -> Built:
+    def beside(claims: Claims, config: Config, hidden: Dim) -> Built:
         return build(claims, at, config, hidden)
 
     return beside

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from threading import Lock
 from types import TracebackType
 from typing import TypeVar
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 
 from .. import dtypes
 from ..computed.dequantised import Dequantised
-from ..computed.finishes import Agreed, Each, Largest, Requantised
+from ..computed.finishes import Agreed, Each, Largest, Requantised, floats
 from ..computed.lowrank import LowRank, add
-from ..computed.nowhere import Floats, computed, elements, runs
+from ..computed.nowhere import computed, elements, runs
 from ..computed.prequantised import Elements, Matrix, Part
 from ..digest import LEAF
 from ..extents import Buffer, Extents, File
@@ -132,21 +133,20 @@ class ComputingLane:
         down, across, steps = elements(int(row["src"][0]) // item, row["shape"][0].tolist(), strides, columns)
         box: Elements
         if isinstance(matrix, Part):
-            box = _picked(lambda *at: matrix.box(self, *at), down, across)
+            box = _picked(partial(matrix.box, self), down, across)
         elif isinstance(matrix, LowRank):
             rank = np.arange(matrix.right.shape[0])
-            left = _picked(self._of(matrix.left), down, rank)
-            right = _picked(self._of(matrix.right), rank, across)
-            box = base = _picked(self._of(matrix.base), down, across)
+            left = _picked(partial(floats, self.dense, matrix.left), down, rank)
+            right = _picked(partial(floats, self.dense, matrix.right), rank, across)
+            box = base = _picked(partial(floats, self.dense, matrix.base), down, across)
             add(base, left, right, matrix.scale)
         elif isinstance(matrix, Dequantised):
-            parts, wanted = matrix, dtypes.DTYPES[int(row["dst_dtype"][0])]
-            box = _picked(lambda *at: parts.box(self.dense, wanted, *at), down, across)
+            wanted = dtypes.DTYPES[int(row["dst_dtype"][0])]
+            box = _picked(partial(matrix.box, self.dense, wanted), down, across)
             if box.dtype != np.float32:
                 row["src_dtype"] = row["dst_dtype"]
         else:
-            finish = matrix
-            box = _picked(lambda *at: finish.box(self.dense, *at), down, across)
+            box = _picked(partial(matrix.box, self.dense), down, across)
         row["src"], row["src_buffer"] = 0, 0
         row["src_stride"] = [n * box.strides[axis] for n, axis in steps]
         classify(row)
@@ -157,15 +157,6 @@ class ComputingLane:
     def add_error(self, matrix: Matrix, error: Error) -> None:
         """Adds how far some quantised values lie from the dense ones."""
         self.reader.losses.add(self._file, matrix, error)
-
-    def _of(self, view: View) -> Box[np.float32]:
-        """Boxes of a view, as float32."""
-
-        def box(r0: int, r1: int, c0: int, c1: int) -> Floats:
-            part = view.narrow(0, r0, r1 - r0).narrow(1, c0, c1 - c0)
-            return np.asarray(self.dense(part.cast(dtypes.float32)), np.float32)
-
-        return box
 
     def dense(self, view: View, *, scan: bool = False) -> Elements:
         """The dense elements of a view, which may itself be computed (an adapter's); `scan`: they are read

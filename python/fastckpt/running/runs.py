@@ -21,7 +21,7 @@ from ..errors import expect
 from ..executors import pick
 from ..executors.cpu import built
 from ..extents import COMPUTED, Buffer, Extents, File
-from ..joining import cut_from
+from ..joining.recorded import cut_from
 from ..output.manifest import Manifest, Origin, Record, rows_of
 from ..output.syscalls import give_back
 from ..output.writer import Output

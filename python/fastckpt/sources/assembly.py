@@ -9,10 +9,11 @@ from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry, Saved
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, Saved
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, is_file, let_go
+from ..extents import Extent, Extents, File
+from ..paths import is_file, let_go
 from ..plainjson import read_json
 from ..stored import boxes, strided
 from ..views import Rows, View, zeros
@@ -52,6 +53,7 @@ def assemble(
     inert: Iterable[str] = (),
     layout: Iterable[bytes] = (),
     headers: Iterable[str] = (),
+    replicas: tuple[Replica, ...] = (),
 ) -> Checkpoint:
     """The Checkpoint of what a source found.
 
@@ -81,7 +83,7 @@ def assemble(
         config=read_config(beside), beside=beside, saved=saved or Saved(), notes=tuple(notes),
         facts=facts or {}, unread=tuple(unread), inert=tuple(sorted(set(inert))),
         structure=_structure(format, renamed, tied, extents, layout),
-        headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()),
+        headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()), replicas=replicas,
     )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..plainjson import read_json
 from ..stored import check_tiles, strided
 from ..views import View
@@ -83,13 +84,13 @@ def read(path: str, options: Options) -> Checkpoint:
         if name not in aliases
     }
     facts: dict[str, JSON] = {"ranks": len(files), "boxes": sum(map(len, rows.values()))}
-    ckpt = assemble(
+    return assemble(
         path, "fsdp", entries, extents, options, aliases=aliases, files=[f.file for f in files],
         search=search, facts=facts, unread=[*_beside(save, root)],
         inert=[name for f in files for name in f.inert],
         layout=[table.tobytes() for table in rows.values()], headers=[f.digest for f in files],
+        replicas=same.replicas,
     )  # fmt: skip
-    return replace(ckpt, replicas=same.replicas)
 
 
 # ---- where the files are ----

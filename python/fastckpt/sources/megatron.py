@@ -2,7 +2,7 @@
 
 Names are those of megatron-core's GPTModel: of a model of one process, or "rank/name" where ranks hold parts
 of it. The pipeline is undone here: layers have the numbers they have in the whole model. Which elements of a
-tensor of the hub each part is, `fastckpt.megatron` says; where a run puts its saves, `steps`. Source:
+tensor of the hub each part is, `joining/megatron.py` says; where a run puts its saves, `steps`. Source:
 Megatron-LM, megatron/training/checkpointing.py (get_checkpoint_name, generate_state_dict); megatron-core
 0.16.1 and 0.19.2; verl 0.9.1, verl/utils/megatron_utils.py.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..errors import SourceError, naming
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble
@@ -169,7 +170,7 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         "ranks": len(placed), "stages": grid.pp,
         "grid": {"tp": grid.tp, "dp": grid.placement.dp, "ep": grid.ep},
     }  # fmt: skip
-    ckpt = assemble(
+    return assemble(
         path, FORMAT, entries, extents, options, files=[r.file.file for r in ranks.values()],
         search=[root, os.path.dirname(root)], facts=facts,
         saved=Saved(step=step, args=first.args, grid=grid.placement),
@@ -177,9 +178,8 @@ def _ranks(path: str, root: str, options: Options) -> Checkpoint:
         unread=sorted(unread),
         inert=[n for r in ranks.values() for n in r.file.inert],
         layout=[places(c.values()) for r in ranks.values() for c in r.chunks],
-        headers=[r.file.digest for r in ranks.values()],
+        headers=[r.file.digest for r in ranks.values()], replicas=same.replicas,
     )  # fmt: skip
-    return replace(ckpt, replicas=same.replicas)
 
 
 def _check_writers(

@@ -13,18 +13,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..checkpoint import JSON, Checkpoint, Entry, Saved
-from ..dtypes import DType
+from ..checkpoint import JSON, Checkpoint, Saved, Single
 from ..errors import SourceError, naming
-from ..extents import Extents, File, is_file
+from ..extents import Extents, File
+from ..paths import is_file
 from ..plainjson import read_json
+from ..stored import boxes
+from ..views import View, cat
 from . import torchfile
-from .assembly import Boxed, assemble
+from .assembly import assemble
 from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
@@ -57,43 +55,6 @@ _NORMS = tuple(
 megatron's own are saved, -> the names they have in megatron's own modules."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A tensor, or a stack of such: its shape and the rows of its boxes (`views`)."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    rows: NDArray[np.int64]
-
-    def apart(self) -> Iterator[Stack]:
-        """Element after element of the first axis."""
-        ndim = len(self.shape)
-        axis = [3, 3 + ndim, 3 + 2 * ndim]
-        order = np.argsort(self.rows[:, 3], kind="stable")
-        rows = self.rows[order]
-        deep = int(rows[:, 3 + ndim].max(initial=1))
-        for i in range(self.shape[0]):
-            low, high = np.searchsorted(rows[:, 3], [i - deep + 1, i + 1])
-            own = rows[low:high]
-            own = own[own[:, 3] + own[:, 3 + ndim] > i]
-            picked = np.delete(own, axis, axis=1)
-            picked[:, 2] += (i - own[:, 3]) * own[:, 3 + 2 * ndim]
-            yield Stack(self.dtype, self.shape[1:], picked)
-
-    def below(self, other: Stack) -> Stack:
-        """The rows of `other` after these."""
-        if self.shape[1:] != other.shape[1:] or self.dtype is not other.dtype:
-            raise SourceError(f"halves of {self.dtype}{[*self.shape]} and {other.dtype}{[*other.shape]}")
-        moved = other.rows.copy()
-        moved[:, 3] += self.shape[0]
-        shape = (self.shape[0] + other.shape[0], *self.shape[1:])
-        return Stack(self.dtype, shape, np.concatenate([self.rows, moved]))
-
-    def entry(self, extents: Extents) -> Entry:
-        """As an entry of a checkpoint."""
-        return Boxed(self.shape, self.dtype, extents, self.rows)
-
-
 def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     """The model in the torch_dist save at `root`. Raises SourceError."""
     where = os.path.join(root, NAME)
@@ -110,11 +71,11 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     extents, rows, digests, files = located(found, keys.values(), (root, *options.also), options.check_crc)
     table = Extents(extents)
     stacks = {
-        name: Stack(found.tensors[key].dtype, found.tensors[key].shape, rows[key])
+        name: boxes(table, found.tensors[key].dtype, found.tensors[key].shape, rows[key])
         for name, key in keys.items()
     }
     with naming(where):
-        entries = {name: stack.entry(table) for name, stack in _named(stacks).items()}
+        entries = {name: Single.of(view) for name, view in _named(stacks).items()}
     search = [os.path.join(at, name) for at in (root, os.path.dirname(root)) for name in ("", HUB)]
     return assemble(
         path, format, entries, table, options, files=files, search=search,
@@ -175,10 +136,10 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str
     return keys, notes, unread
 
 
-def _named(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+def _named(stacks: Mapping[str, View]) -> dict[str, View]:
     """Each tensor of a model of one process, by its name there."""
-    out: dict[str, Stack] = {}
-    halves: dict[str, dict[str, Stack]] = {}
+    out: dict[str, View] = {}
+    halves: dict[str, dict[str, View]] = {}
     for key, stack in stacks.items():
         for name, tensor in _unstacked(key, stack):
             half = _HALF.fullmatch(name)
@@ -189,11 +150,14 @@ def _named(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
     for name, both in halves.items():
         if name in out or both.keys() != {"w", "v"}:
             raise SourceError(f"{name}: wanted it whole, or its halves _w and _v")
-        out[name] = both["w"].below(both["v"])
+        w, v = both["w"], both["v"]
+        if (w.shape[1:], w.dtype) != (v.shape[1:], v.dtype):
+            raise SourceError(f"{name}: halves of {w.dtype}{[*w.shape]} and {v.dtype}{[*v.shape]}")
+        out[name] = cat([w, v])
     return out
 
 
-def _unstacked(key: str, stack: Stack) -> Iterator[tuple[str, Stack]]:
+def _unstacked(key: str, stack: View) -> Iterator[tuple[str, View]]:
     """The layers and experts of a key, under names of their own."""
     layer = _LAYER.fullmatch(key)
     if layer is None:
@@ -204,10 +168,15 @@ def _unstacked(key: str, stack: Stack) -> Iterator[tuple[str, Stack]]:
     stacked = (layer[1] is None) + (expert is not None and expert[1] is None)
     if len(stack.shape) <= stacked:
         raise SourceError(f"{key}: {[*stack.shape]} has no axis of layers or experts")
-    for i, one in enumerate(stack.apart()) if layer[1] is None else [(int(layer[1]), stack)]:
+    for i, one in enumerate(_apart(stack)) if layer[1] is None else [(int(layer[1]), stack)]:
         at = f"decoder.layers.{i}"
         if expert is None:
             yield f"{at}.{inside}", one
             continue
-        for e, part in enumerate(one.apart()) if expert[1] is None else [(int(expert[1]), one)]:
+        for e, part in enumerate(_apart(one)) if expert[1] is None else [(int(expert[1]), one)]:
             yield f"{at}.mlp.experts.local_experts.{e}.{expert[2]}", part
+
+
+def _apart(stack: View) -> Iterator[View]:
+    """Element after element of the first axis."""
+    return (stack.narrow(0, i, 1).reshape(stack.shape[1:]) for i in range(stack.shape[0]))

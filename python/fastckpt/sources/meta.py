@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from ..checkpoint import Checkpoint, Entry, Saved, Single
 from ..errors import SourceError
-from ..extents import is_directory, is_file, listed
+from ..paths import is_directory, is_file, listed
 from ..plainjson import read_json
 from ..views import View, cat
 from . import safetensors, torchfile
@@ -24,7 +24,7 @@ from .assembly import assemble
 from .options import Options
 from .ranks import check_one_save
 from .samples import Agreement
-from .statedict import state_dict
+from .statedict import state_dict, tensors_in
 from .torchfile import Tensor
 from .torchtensors import by_storage, in_one_table, places
 
@@ -69,7 +69,7 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
     options.refuse_zero_only(path)
     options.refuse_also(path)
     where = [os.path.join(path, name) for name in names]
-    files = [torchfile.load(p, check_crc=options.check_crc, wanted=_tensors) for p in where]
+    files = [torchfile.load(p, check_crc=options.check_crc, wanted=tensors_in) for p in where]
     dicts = [state_dict(file.root) for file in files]
     first = dicts[0].tensors
     if (norm := first.get(_NORM)) is None or not norm.flat:
@@ -95,17 +95,13 @@ def _of_parts(path: str, names: Sequence[str], options: Options) -> Checkpoint:
             if len(other.shape) == 1:
                 same.add(f"{name} in {names[0]} and {at}", parts[0], other)
     same.check()
-    ckpt = assemble(
+    return assemble(
         path, "meta", {name: _whole(path, name, parts, norm.shape[0]) for name, parts in held.items()},
         extents, options, aliases=tied, files=[file.file for file in files], search=[path],
         facts={"parts": len(files)}, unread=dicts[0].rest, inert=[n for file in files for n in file.inert],
         layout=[places(part.tensors.values()) for part in dicts], headers=[file.digest for file in files],
+        replicas=same.replicas,
     )  # fmt: skip
-    return replace(ckpt, replicas=same.replicas)
-
-
-def _tensors(root: object) -> Iterable[Tensor]:
-    return state_dict(root).tensors.values()
 
 
 def _kind(t: Tensor | None) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from ..extents import is_directory, is_file
+from ..paths import inside, is_directory, is_file
 from ..plainjson import read_json
 from .options import Options
 from .ranks import natural
@@ -148,12 +148,7 @@ def _indexed(index: str, directories: Sequence[str]) -> Shards:
         raise SourceError(f"{index}: no weight_map, or an empty one")
     placed: dict[str, str] = {}
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or os.path.basename(file) != file
-            or file in ("", ".", "..")
-            or "\\" in file
-        ):
+        if not isinstance(file, str) or not inside(file) or "/" in file:
             raise SourceError(f"{index}: {name} is in {file!r}, which is no file name of this directory")
         placed[name] = file
     paths = []

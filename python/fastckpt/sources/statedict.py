@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import is_directory, listed
+from ..paths import is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
 from .inert import Inert, type_name
@@ -43,10 +43,10 @@ def read(path: str, options: Options) -> Checkpoint:
     """The checkpoint in a file or directory. Raises SourceError."""
     options.refuse_zero_only(path)
     shards = find_shards(path, SUFFIX, SINGLE, options)
-    files = [torchfile.load(p, check_crc=options.check_crc, wanted=_wanted) for p in shards.paths]
+    files = [torchfile.load(p, check_crc=options.check_crc, wanted=tensors_in) for p in shards.paths]
     dicts = [state_dict(f.root) for f in files]
     shards.check([list(d.tensors) for d in dicts])
-    shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=_wanted).root).tensors))
+    shards.check_omitted(lambda p: list(state_dict(torchfile.load(p, wanted=tensors_in).root).tensors))
     extents, opened = in_one_table(files)
     entries: dict[str, Entry] = {}
     aliases: dict[str, str] = {}
@@ -97,14 +97,15 @@ def state_dict(root: object) -> StateDict:
     return StateDict(found.tensors, (*found.rest, *beside))
 
 
+def tensors_in(root: object) -> Iterable[Tensor]:
+    """The tensors of a file that holds a state dict. Raises as `state_dict`."""
+    return state_dict(root).tensors.values()
+
+
 def _wrapped(value: object) -> dict[tuple[object, ...], dict[object, object]]:
     """The dicts of tensors under WRAPPERS, by (key,)."""
     held = ((k, value.get(k)) for k in WRAPPERS) if isinstance(value, dict) else ()
     return {(k,): table for k, table in held if isinstance(table, dict) and _has_tensors(table)}
-
-
-def _wanted(root: object) -> Iterable[Tensor]:
-    return state_dict(root).tensors.values()
 
 
 def _flat(table: dict[object, object]) -> StateDict:

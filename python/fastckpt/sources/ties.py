@@ -5,13 +5,11 @@ Law: that all bytes agree, a run proves before it takes one tensor for both (`Re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-import xxhash
-
 from ..checkpoint import JSON, Checkpoint, Entry
+from ..digest import values_digest
 from ..extents import File
 from ..views import ZERO
 from .samples import Agreement, samples
@@ -41,7 +39,7 @@ def tied(ckpt: Checkpoint, config: Mapping[str, JSON]) -> Checkpoint:
         entries={n: e for n, e in ckpt.entries.items() if n not in aliases},
         aliases=aliases,
         replicas=(*ckpt.replicas, *agreement.replicas),
-        structure=xxhash.xxh3_64_hexdigest(json.dumps([ckpt.structure, aliases]).encode()),
+        structure=values_digest([ckpt.structure, aliases]),
     )
 
 

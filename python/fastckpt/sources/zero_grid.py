@@ -13,17 +13,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-
-from ..checkpoint import JSON, Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, moved
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extents
-from ..views import ZERO, View, cat, zeros
+from ..views import View, cat, zeros
 from .assembly import assemble
 from .options import Options
 from .plain_values import mapping
@@ -53,10 +50,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     extents = Extents(opening.extents)
     bases = accumulate((len(r.checkpoint.extents) for r in ranks), initial=0)
     held: list[dict[str, Entry]] = [
-        {
-            n: Single(e.shape, e.dtype, partial(_moved, e, extents, base), e.kind)
-            for n, e in r.checkpoint.entries.items()
-        }
+        {n: moved(e, extents, base) for n, e in r.checkpoint.entries.items()}
         for r, base in zip(ranks, bases, strict=False)
     ]
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
@@ -88,8 +82,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     same.check()
     _check_apart(entries, where)
     _check_gated(entries, where)
-    found = _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes)
-    return replace(found, replicas=same.replicas)
+    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes, same.replicas)
 
 
 def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
@@ -173,14 +166,6 @@ def _check_gated(entries: Mapping[str, Entry], where: str) -> None:
             )
 
 
-def _moved(entry: Entry, extents: Extents, base: int) -> View:
-    """The view of an entry of one rank's checkpoint, its extents counted from `base` of the table of all."""
-    view = entry.build()
-    held = view.held.copy()
-    held[:, 0] += np.where(held[:, 0] == ZERO, 0, base)
-    return replace(view, extents=extents, held=held)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
     """A piece of an entry."""
@@ -224,6 +209,7 @@ def _assembled(
     entries: Mapping[str, Entry],
     degrees: tuple[int, int],
     notes: Sequence[str],
+    replicas: tuple[Replica, ...],
 ) -> Checkpoint:
     files, first = grid.ranks[0], ranks[0].checkpoint
     of_all = [r.checkpoint for r in ranks]
@@ -257,5 +243,5 @@ def _assembled(
             repr([(n, e.cut) for n, e in entries.items() if isinstance(e, _Joined)]).encode(),
             *(places(mapping(f.root, f.file.path).values()) for f in opening.opened),
         ],
-        headers=[*(c.headers for c in of_all), *(f.digest for f in opening.opened)],
+        headers=[*(c.headers for c in of_all), *(f.digest for f in opening.opened)], replicas=replicas,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from .. import layouts, sources
 from ..checkpoint import JSON
 from ..dtypes import bfloat16, float32, of_config
 from ..errors import LayoutError, RecipeError, SourceError
-from ..joining import grid, uncut, would_hold
+from ..joining.recorded import grid, uncut, would_hold
 from ..layouts.engines import ENGINES, known
 from ..layouts.vllm import Vllm
 from ..output.manifest import Manifest, TensorEntry

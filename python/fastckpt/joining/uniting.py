@@ -11,26 +11,24 @@ from the first, and must be equal (`Replica`); what a layout padded is dropped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-import xxhash
-
-from . import layouts
-from .checkpoint import JSON, Checkpoint, Entry, Replica, Single
-from .dtypes import DType
-from .errors import SourceError
-from .extents import Buffer, Extent, Extents
+from .. import layouts
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, Single
+from ..digest import values_digest
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Buffer, Extent, Extents
+from ..layouts import ByRoles
+from ..model import Model
+from ..placement import Placement
+from ..stored import strided
+from ..target import Target
+from ..views import View
 from .inverse import Axis, Piece, joined, kept, other, pieces_of
-from .layouts import ByRoles
-from .model import Model
-from .placement import Placement
-from .stored import strided
-from .target import Target
-from .views import View
 
 Kinds = Mapping[str, tuple[DType, tuple[int, ...]]]
 """name -> dtype and shape."""
@@ -68,7 +66,7 @@ def whole_of(
     return replace(
         found,
         facts={"layout": name, **shards.facts},
-        structure=xxhash.xxh3_64_hexdigest(json.dumps(shaped, sort_keys=True).encode()),
+        structure=values_digest(shaped),
     )
 
 
@@ -109,7 +107,7 @@ def united(
     for name, entry in phantom.entries.items():
         if pieces[name]:
             view, again = joined(f"{ckpt.path}: {name}", entry.shape, pieces[name], ckpt.extents)
-            entries[name] = Single(view.shape, view.dtype, partial(_same, view))
+            entries[name] = Single.of(view)
             what = f"{name}, of which two shards hold the same elements"
             replicas += [Replica(what, partial(kept, view, box), partial(other, view, box)) for box in again]
         elif math.prod(entry.shape) == 0:
@@ -144,10 +142,6 @@ class _Alike:
                 f"{self._path}: {first} and {name} are the same elements of {tensor}, and the record has "
                 f"digests {self._digests[first]} and {said} of them: which one is meant is in doubt"
             )
-
-
-def _same(view: View) -> View:
-    return view
 
 
 def over_ranks(

@@ -11,7 +11,7 @@ import pytest
 from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.inverse import joined, kept, other, pieces_of
+from fastckpt.joining.inverse import joined, kept, other, pieces_of
 from fastckpt.stored import strided
 from reading import read
 

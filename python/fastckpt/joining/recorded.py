@@ -1,4 +1,4 @@
-"""The way back: the shards of a serving layout as the whole model they were cut from.
+"""The shards of an output of fastckpt as the whole model they were cut from.
 
 Its record names the layout, its options and the grid; `uniting` reads that layout backwards. Nothing is read
 but headers and the record.
@@ -6,36 +6,26 @@ but headers and the record.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-import xxhash
-
-from . import layouts, recipes
-from .checkpoint import JSON, Cast, Checkpoint
-from .collector import paused
-from .digest import digest
-from .dtypes import BY_NAME, DType
-from .errors import SourceError, expect
-from .extents import content
-from .layouts import ByRoles
-from .layouts.patterns import Patterns
-from .model import Model
-from .output.manifest import Manifest
-from .placement import Placement
-from .planning import configs
-from .sources import ties
-from .sources.megatron_args import FORMAT as MEGATRON
-from .sources.served import SHARDS
-from .target import Target
+from .. import layouts, recipes
+from ..checkpoint import JSON, Cast, Checkpoint
+from ..collector import paused
+from ..digest import digest, values_digest
+from ..dtypes import BY_NAME, DType
+from ..errors import SourceError
+from ..layouts import ByRoles
+from ..layouts.patterns import Patterns
+from ..model import Model
+from ..output.manifest import Manifest
+from ..paths import content
+from ..placement import Placement
+from ..target import Target
 from .uniting import over_ranks, phantom_of, united
-
-TIES_UNSAID = ("dcp", "fsdp", "meta", "safetensors", "statedict")
-"""Formats that do not, or not always, say which names are one tensor."""
 
 CUT_FROM = "cut_from"
 """The record's option that says what the shards were cut from."""
@@ -55,43 +45,26 @@ def uncut(layout: str, world: int) -> bool:
     return layout == "same" or (layout == "hf" and world == 1)
 
 
-@paused()
-def join(
-    ckpt: Checkpoint,
-    recipe: str | None = None,
-    config: str | os.PathLike[str] | Mapping[str, JSON] | None = None,
-) -> Checkpoint:
-    """The model that an opened output's shards, or a Megatron run's, are of; any other checkpoint as it is.
+def join(ckpt: Checkpoint, recipe: str | None) -> Checkpoint:
+    """The model that an opened output's shards are of; `recipe` as in `opening.open`.
 
-    `recipe`, `config` as in `opening.open`. Names are tied where the config says so and samples agree. Its
-    recipe is one that was asked for, its config has the sizes from before they were padded. Names, shapes and
-    tied names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe
+    Its recipe is one that was asked for, its config has the sizes from before they were padded. Names, shapes
+    and tied names are those of the checkpoint it was cut from, dtypes those that were served; what the recipe
     left out is in `unread`. Raises SourceError where the record does not tell enough, or the shards do not
     hold every element."""
-    expect("config", config, str, os.PathLike, Mapping, type(None))
-    expect("recipe", recipe, str, type(None))
-    if ckpt.format == MEGATRON:
-        from . import megatron
-
-        return megatron.join(ckpt, recipe, config)
-    if ckpt.format in TIES_UNSAID and (config is not None or ckpt.config is not None):
-        return ties.tied(ckpt, configs.found(ckpt, config))
-    if ckpt.format != SHARDS:
-        return ckpt
     manifest = Manifest.read(ckpt.path)
     record = manifest.record.options
     phantom = _phantom(ckpt, manifest)
     digests = {f"{s.rank}/{name}": t.digest for s in manifest.shards for name, t in s.tensors.items()}
     targets = _targets(ckpt, phantom, manifest, recipe)
     found = united(ckpt, phantom, manifest.record.layout, targets, digests)
-    shaped = json.dumps([ckpt.structure, record, dict(ckpt.config or {})], sort_keys=True)
     was = _map(record.get("resized", {}), ckpt, "resized")
     return replace(
         found,
         config=_config(ckpt, manifest) if was else ckpt.config,
         recipe=_recipe(ckpt, manifest, recipe),
         unpadded=was,
-        structure=xxhash.xxh3_64_hexdigest(shaped.encode()),
+        structure=values_digest([ckpt.structure, record, dict(ckpt.config or {})]),
     )
 
 

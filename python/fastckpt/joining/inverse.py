@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dtypes import DType
-from .errors import SourceError
-from .extents import Extent, Extents
-from .views import MAX_FRAGMENTS, ZERO, View, dense_strides
+from ..dtypes import DType
+from ..errors import SourceError
+from ..extents import Extent, Extents
+from ..views import MAX_FRAGMENTS, ZERO, View, dense_strides
 
 Axis = tuple[int, int, int]
 """Elements, and what lies between neighbours in the tensor and in the shard, in elements."""

@@ -13,18 +13,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import layouts, opening, recipes
-from .checkpoint import JSON, Checkpoint
-from .dtypes import float32
-from .errors import LayoutError, SourceError, expect
-from .extents import is_directory, is_file
-from .layouts import ByRoles, Layout, Naming
-from .placement import Placement, grid_of
-from .plainjson import read_json
-from .sources import safetensors, served
-from .sources.assembly import assemble, sampled
-from .sources.options import Options
-from .sources.shards import find_shards
+from .. import layouts, opening, recipes
+from ..checkpoint import JSON, Checkpoint
+from ..dtypes import float32
+from ..errors import LayoutError, SourceError, expect
+from ..layouts import ByRoles, Layout, Naming
+from ..paths import is_directory, is_file
+from ..placement import Placement, grid_of
+from ..plainjson import read_json
+from ..sources import safetensors, served
+from ..sources.assembly import assemble, sampled
+from ..sources.options import Options
+from ..sources.shards import find_shards
 from .uniting import phantom_of, whole_of
 
 
@@ -42,9 +42,9 @@ def open_shards(
 
     `like`: a checkpoint with the names and shapes of the whole model, which gives the config too where `path`
     has none, or a config (a mapping, or the path of a config.json), whose model has the names that the hub
-    gives it; `recipe` as in `reshard`,
-    `replicas` as in `open`. Only headers are read. Raises SourceError where the shards are not
-    what the layout makes of such a model, LayoutError where it cannot cut one, RecipeError."""
+    gives it; `recipe` as in `reshard`, `replicas` as in `open`. Only headers are read. Raises SourceError
+    where the shards are not what the layout makes of such a model, LayoutError where it cannot cut one,
+    RecipeError."""
     expect("path", path, str, os.PathLike)
     expect("like", like, str, os.PathLike, Checkpoint, Mapping)
     made, grid = layouts.chosen(layout), grid_of(tp, placement)

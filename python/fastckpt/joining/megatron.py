@@ -11,17 +11,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from . import recipes
-from .checkpoint import JSON, Checkpoint
-from .dtypes import float32
-from .errors import SourceError
-from .extents import is_directory
-from .layouts.megatron import Megatron
-from .mixers import Attention
-from .model import Model
-from .placement import Placement
-from .planning import configs
-from .sources.assembly import neighbours
+from .. import recipes
+from ..checkpoint import JSON, Checkpoint
+from ..dtypes import float32
+from ..errors import SourceError
+from ..layouts.megatron import Megatron
+from ..mixers import Attention
+from ..model import Model
+from ..paths import is_directory
+from ..placement import Placement
+from ..planning import configs
+from ..sources.assembly import neighbours
 from .uniting import phantom_of, whole_of
 
 INTERLEAVED = ("chatglm", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium", "llama4_text")
