@@ -91,6 +91,12 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_make_gpu_runs_every_test(on_gpu: ModuleType) -> None:
+    """Those of the kernels before those of what is built on them."""
+    assert set(on_gpu.TESTS) == {f"tests/gpu/{p.name}" for p in (TESTS / "gpu").glob("test_*.py")}
+    assert on_gpu.TESTS[0] == "tests/gpu/test_gpu_rows.py"
+
+
 def test_the_constants_that_make_gpu_tries_are_the_kernels(on_gpu: ModuleType) -> None:
     source = "".join(p.read_text() for p in (TESTS.parent / "csrc").iterdir())
     for other in on_gpu.OTHERS:
