@@ -192,6 +192,7 @@ def main() -> int:
     parser.add_argument("--as", dest="kernels", default="", help="these kernels, as rows name them")
     parser.add_argument("--seconds", type=float, default=3600.0, help="no row begins after so long")
     asked = parser.parse_args()
+    os.environ["FASTCKPT_CACHE"] = "off"  # a kept plan would hide planning
     began = time.monotonic()
     makers = list(gpu_rows.cases(asked.small))
     for kind in ("llama-8b", "moe"):

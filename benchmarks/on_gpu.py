@@ -33,6 +33,9 @@ ROWS = (
 )  # fmt: skip
 """Rows that share a process, what is asked first of a GPU before the others."""
 
+TESTS = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("rows", "road", "quant", "manager"))
+"""What all else stands on comes first: the time may be up."""
+
 OTHERS = {
     "FLIGHT=4 AHEAD=0": ("gather_cast", "digest"),
     "TEAM=256 AHEAD=4": ("gather_cast", "digest"),
@@ -65,7 +68,7 @@ def parts(rows_seconds: float) -> list[Part]:
     python = sys.executable
     # A test that hangs is shown where it stands before its part is stopped.
     hung = ("-o", "faulthandler_timeout=60")
-    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *hung, "tests/gpu")
+    test = (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *hung, *TESTS)
     # Errors that CUDA returns are no finding: torch asks for what there may not be.
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no")
     bench = (python, "benchmarks/gpu.py")
@@ -78,7 +81,8 @@ def parts(rows_seconds: float) -> list[Part]:
     for row in ROWS:
         made.append(Part(f"rows: {row}", rows_seconds, (*bench, "--seconds", str(int(rows_seconds)), row)))
     checks = [
-        Part(tool, 90, (*sanitizer, "--tool", tool, *test, "-k", SMALL)) for tool in ("memcheck", "racecheck")
+        Part(tool, 120, (*sanitizer, "--tool", tool, *test, "-k", SMALL))
+        for tool in ("memcheck", "racecheck")
     ]
     others = [
         Part(f"rows: {other}", 45, (*bench, "--as", other, *rows), site_of(other))

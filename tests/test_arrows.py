@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(next(iter(fastckpt.__path__)))
 
-CORE = ("errors", "dtypes", "extents", "views", "stored", "checkpoint", "plainjson", "placement", "target")
+CORE = (
+    "errors",
+    "dtypes",
+    "paths",
+    "extents",
+    "views",
+    "stored",
+    "checkpoint",
+    "plainjson",
+    "placement",
+    "target",
+)
 MODEL = ("roles", "mixers", "model")
 PLAIN = (*CORE, *MODEL)
 TABLE = ("copies", "axes", "compiling", "binding", "batches")
@@ -34,14 +45,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "native": ("errors", "__init__", "_C"),  # the compiled module, where there is one
     "collector": (),
     "dtypes": CORE[:1],
-    "extents": CORE[:2],
-    "views": CORE[:3],
-    "stored": CORE[:4],
-    "checkpoint": (*CORE[:4], "placement"),
-    "plainjson": (*CORE[:4], "checkpoint"),
-    "placement": CORE[:4],
+    "paths": CORE[:1],
+    "extents": CORE[:3],
+    "views": CORE[:4],
+    "stored": CORE[:5],
+    "checkpoint": (*CORE[:5], "placement"),
+    "plainjson": (*CORE[:5], "checkpoint"),
+    "placement": CORE[:5],
     "schemes": CORE[:2],
-    "target": (*CORE[:4], "schemes"),
+    "target": (*CORE[:5], "schemes"),
     "roles": CORE,
     "mixers": (*CORE, "roles"),
     "model": (*CORE, "roles", "mixers"),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import fastckpt
 import numpy as np
@@ -14,7 +15,15 @@ import pytest
 import torch
 from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
-from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, ViewError, WriteError
+from fastckpt.errors import (
+    DeviceError,
+    FastckptError,
+    LayoutError,
+    RecipeError,
+    SourceError,
+    ViewError,
+    WriteError,
+)
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
@@ -23,6 +32,7 @@ from fastckpt.output.writer import Output
 from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import limits, runs
+from fastckpt.running.tensors import torch_dtype
 from fastckpt.target import Target
 from layouts import families, oracle, tiny
 from reading import refuses_what_is_written_to
@@ -218,6 +228,42 @@ def test_memory_that_is_filled_twice_or_read_later_is_refused():
     apart = torch.zeros(12)
     fastckpt.reshard(given, rank=0, layout="same", out={"a": apart[:6].view(2, 3), "b": apart[6:]})
     assert torch.equal(apart, torch.ones(12))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda table: table, None),
+        (lambda table: table.clone(), "head is tied to table but is not the same memory"),
+        (lambda table: table.t(), "head is tied to table but is not the same memory"),
+        (lambda table: table.view(torch.int32), "head is tied to table but is not the same memory"),
+        (lambda table: 5, "head of rank 0: wanted Tensor, got int 5"),
+    ],
+)
+def test_a_tied_name_of_the_caller_s_is_the_same_tensor(head, message):
+    table, room = torch.randn(3, 3), torch.zeros(3, 3)
+    asked = partial(fastckpt.reshard, {"table": table, "head": table}, rank=0, layout="same")
+    if message is None:
+        asked(out={"table": room, "head": head(room)})
+        assert torch.equal(room, table)
+        return
+    with pytest.raises(FastckptError, match=f"^out: {message}"):
+        asked(out={"table": room, "head": head(room)})
+    assert not room.any()
+
+
+def test_tensors_of_the_caller_s_that_do_not_fit():
+    given = {"w": torch.ones(2)}
+    with pytest.raises(LayoutError, match="out: wanted 1 dicts of tensors, got 2"):
+        fastckpt.reshard(given, layout="same", out=[{"w": torch.zeros(2)}] * 2)
+    with pytest.raises(DeviceError, match="out: w is on meta, wanted cpu"):
+        fastckpt.reshard(given, layout="same", out=[{"w": torch.zeros(2, device="meta")}])
+
+
+def test_a_dtype_that_torch_lacks(monkeypatch):
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)
+    with pytest.raises(LayoutError, match=r"this torch \(.*\) has no dtype float8_e8m0fnu"):
+        torch_dtype.__wrapped__(BY_NAME["float8_e8m0fnu"])
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

@@ -21,12 +21,12 @@ LARGE = "four_gib or many_rows or lines or transposes or every_value"
 """Those of rows that test_tiles.py and test_casts.py run on the host in other sizes."""
 
 
-def simulated(*arguments: str) -> subprocess.CompletedProcess[str]:
+def simulated(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(p for p in (str(TESTS), *sys.path) if p)
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=TESTS.parent,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **more},
         capture_output=True,
         text=True,
         check=False,
@@ -50,11 +50,13 @@ def test_the_gpus_tests_of_many_rows() -> None:
 
 
 @pytest.mark.nightly
-def test_every_row_of_the_gpus_benchmarks() -> None:
+def test_every_row_of_the_gpus_benchmarks(tmp_path: Path) -> None:
     script = "import runpy, sys, simulated_gpu; sys.path.insert(0, 'benchmarks'); "
     script += "sys.argv = ['gpu.py', '--small']; "
-    done = simulated("-c", script + "runpy.run_path('benchmarks/gpu.py', run_name='__main__')")
+    script += "runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+    done = simulated("-c", script, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0 and "every row ran" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())  # each plans anew
 
 
 def test_torch_copies_where_ours_does() -> None:
@@ -87,6 +89,12 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "on_gpu", module)
     spec.loader.exec_module(module)
     return module
+
+
+def test_make_gpu_runs_every_test(on_gpu: ModuleType) -> None:
+    """Those of the kernels before those of what is built on them."""
+    assert set(on_gpu.TESTS) == {f"tests/gpu/{p.name}" for p in (TESTS / "gpu").glob("test_*.py")}
+    assert on_gpu.TESTS[0] == "tests/gpu/test_gpu_rows.py"
 
 
 def test_the_constants_that_make_gpu_tries_are_the_kernels(on_gpu: ModuleType) -> None:

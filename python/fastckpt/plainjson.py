@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .checkpoint import JSON
 from .errors import SourceError
-from .extents import content
+from .paths import content
 
 
 def read_json(path: str, limit: int = 64 << 20) -> dict[str, JSON]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from .digest import LEAF
 from .errors import SourceError, WriteError, naming
-from .extents import Buffer, File, fill, fresh, let_go
+from .extents import Buffer, File, fresh
+from .paths import fill, let_go
 from .planning.copies import AXES, NOTHING, Executor, Runner, Table, item_sizes, nbytes
 
 GAP = 1 << 16

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from executors.test_casts import converted, patterns
-from executors.test_copy_rows import PAIRS, TRANSPOSED, noise, random_row, row
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, even_lines, noise, random_row, row
 from executors.test_copy_rows import buffer as host
 from fastckpt.dtypes import BY_NAME, castable
 from fastckpt.errors import DeviceError
 from fastckpt.executors.cpu import Cpu
 from fastckpt.executors.cuda import Cuda
 from fastckpt.extents import Buffer
+
+SMALL = (8, 640), (11, 140), (16, 300), (20, 384), (63, 65), (129, 160)
+LARGE = (128, 128), (1024, 2048), (1025, 2051)
+"""Rows and columns of what is transposed."""
 
 
 def there(array: np.ndarray, shift: int = 0) -> tuple[torch.Tensor, Buffer]:
@@ -46,11 +50,20 @@ def test_small_random_rows() -> None:
             same(r, noise(rng, n), noise(rng, m + 64), k % 17)
 
 
+@pytest.mark.parametrize("names", EVEN)
+def test_small_even_lines(names: str) -> None:
+    src, dst = (BY_NAME[n] for n in names.split())
+    rng = np.random.default_rng(35)
+    for r, source, nbytes in even_lines(rng, src, dst):
+        same(r, source, noise(rng, nbytes))
+
+
 @pytest.mark.parametrize("names", TRANSPOSED)
-def test_transposes(names: str) -> None:
+@pytest.mark.parametrize("sides", [SMALL, LARGE], ids=["small", "large"])
+def test_transposes(names: str, sides: Sequence[tuple[int, int]]) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(32)
-    for rows, cols in [(16, 300), (63, 65), (128, 128), (129, 160), (1024, 2048), (1025, 2051)]:
+    for rows, cols in sides:
         for pad, at in [(0, 0), (3, 1), (64, 16)]:
             pitch = (cols + pad) * src.itemsize
             strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)

@@ -89,7 +89,7 @@ def qkv_gather(views, heads, kv_heads):
 
 
 def permute(view, heads):
-    return m.rope_apart(view, heads, 0, view.shape[0] // heads)
+    return m.rope_apart(view, 0, view.shape[0] // heads)
 
 
 def reorder_grouped(views, groups, parts):
@@ -218,9 +218,11 @@ MERGES = {
         lambda v: v[0], "the recipe says which source there is; a missing one is refused"
     ),
     "tolerate_failed": Row(None, "errors are not hidden"),
-    "transpose_q_rope": Row(lambda v, *sizes: m.rope_apart(v[0], *sizes), "its source is left as it is"),
+    "transpose_q_rope": Row(
+        lambda v, heads, nope, rope: m.rope_apart(v[0], nope, rope), "its source is left as it is"
+    ),
     "transpose_kv_rope": Row(
-        lambda v, rank, rope: m.rope_apart(v[0], 1, rank, rope), "its source is left as it is"
+        lambda v, rank, rope: m.rope_apart(v[0], rank, rope), "its source is left as it is"
     ),
     "per_block_cast_to_fp8": Row(None, QUANTISES),
     "per_channel_cast_to_fp8": Row(None, QUANTISES),

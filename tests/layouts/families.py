@@ -16,6 +16,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from engines.served_spellings import hubs  # noqa: E402
+from fastckpt import recipes  # noqa: E402
+from reading import memory  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 _SIZES = dict(
@@ -505,6 +507,18 @@ def model_of(name):
     family = (FAMILIES | ENCODERS | WRAPPERS)[name]
     model = (family.model or family.name).removesuffix("Text")
     return getattr(transformers, model + family.architecture)(config_of(name))
+
+
+def blank(name, quantise=None, **changes):
+    """A family's model of zeros, its config with `changes`; `quantise`: makes (tensors,
+    quantization_config) of its tensors."""
+    config = made(name)[0] | changes
+    recipe = recipes.find(config)
+    hub = {n: torch.zeros(shape) for n, shape in recipes.imagined(recipe, config).items()}
+    if quantise is not None:
+        hub, said = quantise(hub)
+        config = config | {"quantization_config": said}
+    return recipe(memory(hub), config)
 
 
 def number(tensors):

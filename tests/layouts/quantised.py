@@ -99,6 +99,25 @@ def matrix(d, scheme, out, into, smooth):
     return made
 
 
+def bytes_of(hub, block, keep=()):
+    """(tensors, quantization_config) of matrices as bytes, but for those whose name has one of `keep`: fp8
+    with a scale for each output ("row"), each matrix ("all") or blocks of so many outputs and inputs, or
+    "int8" with one for each output."""
+    keep, out = ("embed", "lm_head", "mlp.gate.", "conv1d", *keep), dict(hub)
+    dtype = torch.int8 if block == "int8" else torch.float8_e4m3fn
+    for name, x in hub.items():
+        if x.ndim == 2 and name.endswith(".weight") and not any(part in name for part in keep):
+            out[name] = x.to(dtype)
+            if isinstance(block, int):
+                out[f"{name}_scale_inv"] = torch.ones([-(-n // block) for n in x.shape])
+            else:
+                out[f"{name}_scale"] = torch.ones(() if block == "all" else (x.shape[0], 1))
+    if isinstance(block, int):
+        return out, {"quant_method": "fp8", "weight_block_size": [block, block]}
+    kinds = {"row": compressed("float", "channel"), "int8": compressed("int", "channel")}
+    return out, kinds.get(block, {"quant_method": "fp8"})
+
+
 @functools.cache
 def made(scheme, experts=0):
     """(config, tensors)."""

@@ -222,6 +222,12 @@ def test_experts_by_hand():
     assert merged("pad_w13", [w1, w3], 4, 0).flatten().tolist() == [1, 3, 5, 0, 101, 103, 105, 0]
 
 
+def test_runs_that_are_not_all_there():
+    view = memory({"x": torch.ones(3, 9)})["x"]
+    with pytest.raises(LayoutError, match=r"runs of \[2, 2, 2, 2\] do not fit \(3, 9\) on axis 1"):
+        rtp_split.split_qkvz(view, Cut(Placement(), head_dim=2, value_dim=2))
+
+
 def test_redundant_experts_by_hand():
     assert phy2log(8, 12, 4, 2) == [0, 1, 2, 2, 3, 0, 4, 5, 6, 6, 7, 4]
     assert phy2log(8, 12, 2, 1) == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 0, 1]

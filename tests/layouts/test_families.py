@@ -313,6 +313,45 @@ def test_latent_attention_whose_positions_turn_halves(name, said):
         assert list(layout("vllm").targets(model, Placement()))
 
 
+@pytest.mark.parametrize("served", ["rtp_llm", "megatron"])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("lfm2", {}, r"no place for .*out_proj, of a short convolution"),
+        ("mimo_v2_flash", dict(layer_types=["full_attention"] * 3), r"v_proj, of other rows than .*k_proj"),
+        (
+            "nemotron_h",
+            dict(layers_block_type=["mlp", "moe"], num_hidden_layers=2),
+            "0, a layer of one block",
+        ),
+    ],
+)
+def test_blocks_that_servers_do_not_know(name, changes, message, served):
+    with pytest.raises(LayoutError, match=f"^layout {served} .*{message}"):
+        list(layout(served).targets(families.blank(name, **changes), Placement()))
+
+
+def test_stages_that_read_one_another():
+    """vLLM does not cut Gemma 4's layers without keys of their own into stages."""
+    message = r"model\.layers\.2 reads the keys of an earlier layer, .*: wanted pp 1, got 2"
+    with pytest.raises(LayoutError, match=message):
+        layout("vllm", {"engine": "vllm==0.32"}).targets(model_of("gemma4_text"), Placement(pp=2))
+
+
+def test_a_pooling_head_of_a_tower():
+    config = families.made("gemma3-images")[0]
+    vision = config["vision_config"] | {"vision_use_head": True}
+    model = families.blank("gemma3-images", vision_config=vision)
+    want = {
+        "vision_tower.head.probe",
+        "vision_tower.head.attention.in_proj_weight",
+        "vision_tower.head.layernorm.bias",
+    }
+    assert want <= {t.name for t in layout("hf").targets(model, Placement())}
+    with pytest.raises(LayoutError, match=r"layout vllm has no place for vision_tower\.head\.probe"):
+        layout("vllm").targets(model, Placement())
+
+
 @pytest.mark.parametrize("name", ["olmoe", "minimax_m2"])
 def test_heads_that_are_normed_together_are_not_padded(name):
     with pytest.raises(LayoutError, match="q_norm"):

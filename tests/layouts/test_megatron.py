@@ -266,6 +266,26 @@ def test_quantised_matrices_are_refused():
         list(layout("megatron").targets(model, Placement()))
 
 
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [("all", "q_proj: matrices with one scale each are not written as one"),
+     (16, r"q_proj: 4 shares of 32 rows of .*k_proj do not end with blocks of 16")],
+)  # fmt: skip
+def test_scales_that_groups_would_tear(block, message):
+    with pytest.raises(LayoutError, match=message):
+        list(
+            layout("megatron").targets(
+                families.blank("ministral", lambda hub: quantised.bytes_of(hub, block)), Placement()
+            )
+        )
+
+
+def test_experts_whose_width_does_not_divide():
+    model, grid = families.blank("qwen3_moe"), Placement(tp=2, dp=5)
+    with pytest.raises(LayoutError, match="moe_intermediate_size 24 does not divide by expert_tp 10"):
+        layout("megatron", {"expert_tp": "10"}).targets(model, grid)
+
+
 EXPERT_GRIDS = [(1, 1, 1, 1), (2, 1, 1, 2), (2, 3, 3, 2), (1, 3, 3, 1), (2, 3, 6, 1)]
 
 

@@ -161,7 +161,7 @@ def test_trained_experts_become_mxfp4_again(tmp_path, dtype):
     config, tensors = families.made("gpt_oss")[:2]
     torch.manual_seed(9)
     experts = [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
-    tensors |= {n: torch.randn(tensors[n].shape) for n in experts}
+    tensors = tensors | {n: torch.randn(tensors[n].shape) for n in experts}  # others are made of it too
     fastckpt.reshard(tensors, config=config, quant="mxfp4-experts", dtype=dtype, out=tmp_path / "q")
     assert fastckpt.verify(tmp_path / "q").ok
     (got,) = fastckpt.reshard(tmp_path / "q")

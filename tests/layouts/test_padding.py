@@ -9,8 +9,8 @@ from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from fastckpt.layouts.padding import padded
 from fastckpt.placement import Placement
-from layouts import families, tiny
-from layouts.test_sharing import fp8
+from layouts import families, quantised, tiny
+from layouts.test_sharing import fp8, predicting
 from reading import memory, shard
 
 
@@ -100,6 +100,95 @@ def test_nothing_is_padded_where_all_divides():
         plain, with_pad = (shard(layout("vllm", o).targets(model, p)) for o in ({}, {"pad": "true"}))
         assert sorted(plain) == sorted(with_pad)
         assert all((plain[n][1] == with_pad[n][1]).all() for n in plain)
+
+
+FULL, ODD = ["full_attention"] * 3, dict(num_attention_heads=6, num_key_value_heads=3)
+NOT_PADDED = [
+    (
+        "mimo_v2_flash",
+        ODD | dict(layer_types=FULL),
+        "pad: the heads of .*0.self_attn.v_proj are of another size",
+    ),
+    (
+        "laguna",
+        dict(num_attention_heads=6, num_key_value_heads=2, num_attention_heads_per_layer=[8, 6, 6]),
+        r"pad: model\.layers\.0 has heads of its own number and size",
+    ),
+    ("afmoe", ODD, r"pad: .*self_attn\.g(ate)?_proj is not padded"),
+    ("jamba", dict(intermediate_size=90), r"pad: 1 \* intermediate_size would be 90, .* tp 4 times 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), NOT_PADDED)
+def test_what_is_not_padded(name, changes, message):
+    experts = {"ep": 4} if name == "jamba" else {}
+    with pytest.raises(LayoutError, match=message):
+        list(
+            layout("vllm", {"pad": "true"}).targets(
+                families.blank(name, **changes), Placement(tp=4, **experts)
+            )
+        )
+
+
+def test_heads_of_groups_are_not_padded():
+    with pytest.raises(LayoutError, match=r"pad: heads share rows of .*wo_a, and none are added"):
+        placed = layout("hf", {"pad": "true", "vocab_padding": "3"})
+        list(placed.targets(families.blank("deepseek_v4"), Placement(tp=3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "tp", "message"),
+    [
+        ({"vocab_padding": "48"}, 3, r"q_proj: heads of a quantised matrix cannot be padded"),
+        ({"multiple": "96"}, 2, r"gate_proj: a matrix of packed values cannot be padded"),
+    ],
+)
+def test_packed_values_are_not_padded(options, tp, message):
+    config, t = quantised.made("awq")
+    with pytest.raises(LayoutError, match=message):
+        list(
+            layout("vllm", {"pad": "true"} | options).targets(
+                recipes.find(config)(memory(t), config), Placement(tp=tp)
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("ep", "key"), [(1, "intermediate_size 90 .* tp .* 4"), (4, r"1 \* intermediate_size 90 .* tp 4")]
+)
+def test_a_dense_block_as_wide_as_an_expert(ep, key):
+    """Jamba's: ranks that share experts out cut it all the same."""
+    with pytest.raises(LayoutError, match=f"^layout vllm: {key}; pad=True"):
+        layout("vllm").targets(families.blank("jamba", intermediate_size=90), Placement(tp=4, ep=ep))
+
+
+def test_a_width_no_config_can_say():
+    with pytest.raises(LayoutError, match=r"the config of mpt has no key to say that 4 \* d_model is 288"):
+        layout("vllm", {"pad": "true", "multiple": "96"}).resized(families.blank("mpt"), Placement())
+
+
+def test_layers_of_one_block():
+    """Nemotron-H: attention gets heads, blocks get width, layers of a mixer stay as they are."""
+    model = families.blank("nemotron_h", moe_intermediate_size=23, intermediate_size=94, **ODD)
+    shapes = [
+        {t.name: t.view.shape for t in layout("vllm", {"pad": "true"}).targets(model, p)}
+        for p in Placement(tp=4).ranks()
+    ]
+    at = "model.layers."
+    assert {s[f"{at}2.mixer.qkv_proj.weight"] for s in shapes} == {(4 * 12, 64)}
+    assert {s[f"{at}3.mixer.up_proj.weight"] for s in shapes} == {(24, 64)}
+    assert {s[f"{at}1.mixer.experts.w13_weight"] for s in shapes} == {(5, 6, 64)}
+
+
+def test_layers_that_predict_more_tokens():
+    config, hub, extra = predicting("glm4_moe")
+    model = recipes.find(config)(memory(hub | extra), config)
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    placed, got = layout("hf", {"pad": "true", "multiple": "16"}), []
+    for p in Placement(tp=4).ranks():
+        got.append(torch.from_numpy(shard(placed.targets(model, p))[name][1].view("f4")))
+    whole = torch.cat(got, 1)
+    assert torch.equal(whole[:, :24], extra[name]) and whole.shape == (64, 64) and not whole[:, 24:].any()
 
 
 def test_uneven_sizes_are_refused_unless_asked():

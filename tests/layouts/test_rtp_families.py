@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import fastckpt
 import pytest
@@ -10,6 +12,7 @@ import torch
 from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
+from fastckpt.model import Experts, Layers, Lazy
 from fastckpt.placement import Placement
 from layouts import families, family_oracle, oracle, tiny
 from layouts.family_oracle import cut
@@ -179,6 +182,15 @@ def test_an_encoder(tp):
 def test_what_has_no_place(name, what):
     with pytest.raises(LayoutError, match=what):
         list(layout("rtp_llm").targets(model_of(name)[0], Placement(tp=2)))
+
+
+def test_experts_without_gates():
+    model = families.blank("qwen3_moe")
+    layer = next(x for x in model.layers if isinstance(x.mlp, Experts))
+    bare = [partial(replace, expert, gate=None) for expert in layer.mlp.experts]
+    layer = replace(layer, mlp=replace(layer.mlp, experts=Lazy(bare)))
+    with pytest.raises(LayoutError, match=r"no place for .*experts\.0\.up_proj, an expert without a gate"):
+        list(layout("rtp_llm").targets(replace(model, layers=Layers([lambda: layer])), Placement()))
 
 
 @pytest.mark.parametrize(("dtype", "tp"), [(None, 1), ("bfloat16", 2)])

@@ -9,7 +9,7 @@ from fastckpt import recipes
 from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
-from layouts import quantised
+from layouts import families, quantised
 from layouts.family_oracle import cut
 from layouts.quantised import HEADS, KV, D
 from reading import memory, same, shard
@@ -288,6 +288,45 @@ def test_scales_of_inputs_with_no_name_are_refused():
         list(layout("rtp_llm").targets(model_of("int8-static", 2)[0], Placement()))
 
 
+OTHERWISE = [
+    ("deepseek_v3", "row", (), {}, r"latent attention's .*q_b_proj is neither plain nor fp8 by blocks"),
+    ("deepseek_v2", 128, (), {}, r"no place for the scales of .*0\.self_attn\.q_proj"),
+    ("deepseek_v3", 128, (), {"split_rope": "true"}, r"split_rope would tear the blocks of .*q_b_proj"),
+    ("qwen3_next", "row", (), {}, r"no place for .*in_proj_ba\.weight_scale"),
+    ("qwen3_next", "int8", (), {}, r"no place for linear attention like .*in_proj_qkvz: wanted plain"),
+    ("qwen3_next", "int8", ("linear_attn",), {}, r"no place for an output gate like .*q_proj: wanted plain"),
+    ("ministral", 32, (), {}, r"q_proj is float8_e4m3fn with a scale for \(32, 32\) outputs"),
+    ("qwen3_moe", "row", (".experts.1.",), {}, r"experts\.0\.up_proj: experts are stored unlike"),
+]
+
+
+@pytest.mark.parametrize(("name", "block", "keep", "options", "message"), OTHERWISE)
+def test_forms_the_engine_does_not_have(name, block, keep, options, message):
+    model = families.blank(name, lambda hub: quantised.bytes_of(hub, block, keep))
+    with pytest.raises(LayoutError, match=message):
+        list(layout("rtp_llm", options).targets(model, Placement()))
+
+
+def test_heads_that_share_packed_values():
+    model = model_of("awq", head_dim=4, num_attention_heads=32, num_key_value_heads=16)[0]
+    with pytest.raises(LayoutError, match=r"heads of 4 of .*q_proj do not begin with one of its 8 packed"):
+        list(layout("rtp_llm").targets(model, Placement(tp=2)))
+
+
+@pytest.mark.parametrize("served", ["vllm", "rtp_llm", "megatron"])
+@pytest.mark.parametrize("scheme", ["awq", "fp8-channel", "fp8-tensor", "int4"])
+def test_what_is_joined_is_quantised_alike(scheme, served):
+    """A k that a release left dense."""
+    config, t = quantised.made(scheme)
+    k = "model.layers.0.self_attn.k_proj."
+    t = {n: x for n, x in t.items() if not n.startswith(k)} | {
+        k + "weight": torch.zeros(KV * D, quantised.HIDDEN)
+    }
+    model = recipes.find(config)(memory(t), config)
+    with pytest.raises(LayoutError, match=r"k_proj is not quantised as .*q_proj is"):
+        list(layout(served).targets(model, Placement()))
+
+
 def test_what_reads_one_input_must_agree():
     for scheme, leaf in (("fp8-static", "mlp.up_proj.input_scale"), ("smooth", "self_attn.v_proj.smoother")):
         config, t = quantised.made(scheme)
@@ -336,6 +375,16 @@ def test_zero_points_of_another_form_are_refused(key):
             continue
         with pytest.raises(LayoutError, match=r"layout rtp_llm has no place for .* \(gptq_v2\)"):
             layout("rtp_llm").targets(model, Placement())
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight"])
+def test_elements_that_engines_would_take_for_others_are_refused(leaf):
+    """vLLM's loader copies an exponent's byte as a number, and casts e5m2 to e4m3fn."""
+    config, t = quantised.made("fp8-channel")
+    name = f"model.layers.0.self_attn.o_proj.{leaf}"
+    other = t[name].float().to(torch.uint8 if leaf == "weight_scale" else torch.float8_e5m2)
+    with pytest.raises(RecipeError, match=rf"{leaf}\b.*got (uint8, wanted floats|float8_e5m2)"):
+        recipes.find(config)(memory(t | {name: other}), config)
 
 
 NOT_READ = [

@@ -19,7 +19,8 @@ from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..digest import values_digest
 from ..dtypes import DType
 from ..errors import SourceError, near
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..sources import peft
 from ..sources.ties import with_decoder
 from ..views import View, stack

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from ..extents import is_directory, listed
+from ..paths import is_directory, listed
 from ..plainjson import json_object, read_json
 from .drawing import Canvas
 from .text import columns, size

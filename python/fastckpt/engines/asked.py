@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from ..checkpoint import Checkpoint
 from ..errors import LayoutError
-from ..extents import is_directory
 from ..opening import open as open_checkpoint
+from ..paths import is_directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from .. import layouts, opening, recipes
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import float32
 from ..errors import LayoutError, SourceError, expect
-from ..extents import is_directory, is_file
 from ..layouts import ByRoles, Layout, Naming
+from ..paths import is_directory, is_file
 from ..placement import Placement, grid_of
 from ..plainjson import read_json
 from ..sources import safetensors, served

@@ -15,10 +15,10 @@ from .. import recipes
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import float32
 from ..errors import SourceError
-from ..extents import is_directory
 from ..layouts.megatron import Megatron
 from ..mixers import Attention
 from ..model import Model
+from ..paths import is_directory
 from ..placement import Placement
 from ..planning import configs
 from ..sources.assembly import neighbours

@@ -18,11 +18,11 @@ from ..collector import paused
 from ..digest import digest, values_digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError
-from ..extents import content
 from ..layouts import ByRoles
 from ..layouts.patterns import Patterns
 from ..model import Model
 from ..output.manifest import Manifest
+from ..paths import content
 from ..placement import Placement
 from ..target import Target
 from .uniting import over_ranks, phantom_of, united

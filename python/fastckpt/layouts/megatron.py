@@ -162,11 +162,9 @@ class Megatron:
         return padded_part(view, self.vocab_padding * placement.tp, placement.tp_rank, placement.tp)
 
     def _layer(self, at: str, layer: Layer, sizes: Sizes, placement: Placement) -> Iterator[Target]:
-        for extra in (layer.attention_after, layer.mlp_after, layer.cross_norm):
+        for extra in (layer.attention_after, layer.mlp_after):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")
-        if layer.vision is not None:
-            raise LayoutError(f"layout megatron has no place for {layer.vision.attention.o.name}")
         attention, mlp = two_blocks("megatron", layer)
         if layer.attention_norm is None or layer.mlp_norm is None:
             raise LayoutError(f"layout megatron wants two norms in {layer.name}")
@@ -208,8 +206,6 @@ class Megatron:
     def _attention(
         self, at: str, attention: Attention, sizes: Sizes, placement: Placement
     ) -> Iterator[Target]:
-        if attention.relative is not None:
-            raise LayoutError(f"layout megatron has no place for {attention.relative.name}")
         require_heads_alike("megatron", attention)
         rank, tp = placement.tp_rank, placement.tp
         queries = [attention.q] if attention.gate is None else [attention.q, attention.gate]

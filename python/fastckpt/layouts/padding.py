@@ -120,8 +120,6 @@ def _layer(layer: Layer, old: Sizes, new: Sizes) -> Layer:
     if mlp is None:
         return replace(layer, attention=attention)
     dense = {old.widths[k]: w for k, w in new.widths.items() if k not in (new.expert_width, new.shared_width)}
-    if not dense:  # every block is an expert's
-        dense = {old.widths[k]: w for k, w in new.widths.items()}
     return replace(layer, attention=attention, mlp=_mlp(mlp, dense[mlp.up.shape[0]]))
 
 
@@ -161,9 +159,9 @@ def _attention(attention: Attention, old: Sizes, new: Sizes) -> Attention:
 
 def _latent(attention: Mla, old: Sizes, new: Sizes) -> Mla:
     def rows(linear: Linear) -> Linear:
-        return _out_padded(linear, linear.weight.shape[0] // old.heads * new.heads)
+        return _out_padded(linear, linear.shape[0] // old.heads * new.heads)
 
-    columns = attention.o.weight.shape[1] // old.heads * new.heads
+    columns = attention.o.shape[1] // old.heads * new.heads
     return replace(
         attention, q=rows(attention.q), kv_b=rows(attention.kv_b), o=_in_padded(attention.o, columns)
     )

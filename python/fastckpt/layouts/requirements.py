@@ -5,7 +5,7 @@ Sizes are looked at before a view is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +23,7 @@ from ..mixers import (
 )
 from ..model import Experts, Layer, Mlp, Sizes
 from ..placement import Placement
+from ..roles import Linear
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,6 +35,21 @@ def require_least(layout: str, made: object, least: int, *options: str) -> None:
         expect(f"layout {layout}: {name}", size := getattr(made, name), int)
         if size < least:
             raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {size}")
+
+
+def require_pad(layout: str, pad: bool, multiple: int) -> None:
+    """Raises LayoutError for a multiple that nothing is padded to."""
+    if multiple > 1 and not pad:
+        raise LayoutError(
+            f"layout {layout}: multiple goes with pad=True (-L pad=true), which pads widths to it"
+        )
+
+
+def require_alike(layout: str, name: str, linears: Sequence[Linear]) -> None:
+    """Raises LayoutError for experts' matrices that cannot be one stack."""
+    forms = {(x.leaf, x.packed, *((b.leaf, b.unit) for b in x.beside)) for x in linears}
+    if len(forms) != 1:
+        raise LayoutError(f"layout {layout}: {name}: experts are stored unlike one another")
 
 
 class Subject(NamedTuple):
@@ -132,26 +148,27 @@ def require_no_scalars(layout: str, mlp: Mlp) -> None:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
+_OTHERS: Mapping[type, str] = {
+    ShortConv: "a short convolution",
+    Selective: "a Mamba mixer",
+    Compressed: "compressed attention",
+    Queries: "attention to the keys of another layer",
+}
+
+
 def two_blocks(layout: str, layer: Layer) -> tuple[Attention | Mla | DeltaNet, Mlp | Experts]:
     """The attention and the feed-forward block of a layer. Raises LayoutError for one that has not just these
     two, or whose attention reads what other layers make or store otherwise."""
     if layer.mamba is not None:
         raise LayoutError(f"layout {layout} has no place for {layer.mamba.o.name}, of a Mamba mixer")
-    if isinstance(layer.attention, ShortConv):
-        raise LayoutError(
-            f"layout {layout} has no place for {layer.attention.o.name}, of a short convolution"
-        )
     if layer.attention is None or layer.mlp is None:
         raise LayoutError(f"layout {layout} has no place for {layer.name}, a layer of one block")
     for role in layer.whole:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
     attention = layer.attention
-    if isinstance(attention, Queries):
-        raise LayoutError(f"layout {layout} has no place for {attention.q.name}, without keys of its own")
-    if isinstance(attention, Selective):
-        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of a Mamba mixer")
-    if isinstance(attention, Compressed):
-        raise LayoutError(f"layout {layout} has no place for {attention.o_a.name}, of compressed attention")
+    if not isinstance(attention, Attention | Mla | DeltaNet):
+        what = _OTHERS[type(attention)]
+        raise LayoutError(f"layout {layout} has no place for {attention.o.name}, of {what}")
     if isinstance(attention, DeltaNet) and attention.low is not None:
         raise LayoutError(f"layout {layout} has no place for {attention.low[0].name}, of a low rank")
     if isinstance(attention, Attention) and (attention.heads or attention.values_are_keys):

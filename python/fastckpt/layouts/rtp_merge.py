@@ -64,13 +64,11 @@ def transpose_slice_v(kv_b: View, nope: int, value: int) -> View:
     return kv_b.split(0, nope + value).narrow(1, nope, value).permute((0, 2, 1))
 
 
-def rope_apart(view: View, heads: int, nope: int, rope: int) -> View:
+def rope_apart(view: View, nope: int, rope: int) -> View:
     """[N * (dn + dr), ..] with each head's rope rows taken apart: even ones first (transpose_q_rope; with one
     head of R + dr rows transpose_kv_rope)."""
     each = view.split(0, nope + rope)
     pairs = each.narrow(1, nope, rope).split(1, 2).permute((0, 2, 1, 3)).merge(1)
-    if each.shape[0] != heads:
-        raise LayoutError(f"rope_apart: {heads} heads of {nope + rope} do not fit {view.shape}")
     return cat([each.narrow(1, 0, nope), pairs], 1).merge(0)
 
 

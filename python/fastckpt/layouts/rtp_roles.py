@@ -16,7 +16,13 @@ from ..mixers import Attention, DeltaNet, Mla
 from ..model import Experts, Layer, Mlp, Model
 from ..roles import Linear
 from ..views import cat, stack
-from .requirements import require_heads_alike, require_neighbours, require_no_scalars, two_blocks
+from .requirements import (
+    require_alike,
+    require_heads_alike,
+    require_neighbours,
+    require_no_scalars,
+    two_blocks,
+)
 from .rtp_matrices import (
     Whole,
     beside_name,
@@ -49,13 +55,7 @@ def layer_weights(
     """A layer's weights; `experts`: which expert each place of a mixture holds.
 
     Raises LayoutError for a role the engine has no name for."""
-    if layer.cross is not None or layer.cross_norm is not None:
-        raise LayoutError(f"layout rtp_llm has no place for the attention to an encoder of {layer.name}")
     attention, mlp = two_blocks("rtp_llm", layer)
-    if layer.attention_norm is None and isinstance(attention, Attention) and attention.q.part("input_scale"):
-        raise LayoutError(
-            f"layout rtp_llm has no name for input scales of {layer.name}, which norms after blocks"
-        )
     yield from _norms(layer, model)
     if isinstance(attention, Mla):
         yield from _latent(attention, model.sizes.heads, cut, making)
@@ -107,7 +107,7 @@ def _norms(layer: Layer, model: Model) -> Iterator[Whole]:
 
 
 def _attention(attention: Attention, model: Model, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
-    if attention.sinks is not None or attention.relative is not None:
+    if attention.sinks is not None:
         raise LayoutError(
             f"layout rtp_llm has no place for the attention of {attention.o.name} ({model.family})"
         )
@@ -150,7 +150,7 @@ def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Wh
     value = o.shape[1] // heads
     nope, rope = kv_b.shape[0] // heads - value, kv_a.shape[0] - rank
     if making.split_rope:
-        q, kv_a = _rope_apart(q, heads, nope, rope), _rope_apart(kv_a, 1, rank, rope)
+        q, kv_a = _rope_apart(q, nope, rope), _rope_apart(kv_a, rank, rope)
     if attention.q_a is None:
         if q.beside or kv_a.beside:
             raise LayoutError(f"layout rtp_llm has no place for the scales of {q.name}")
@@ -211,10 +211,10 @@ def _absorbing(kv_b: Linear, nope: int, value: int) -> Iterator[Whole]:
         yield Whole("mla_vc_s", transpose_slice_v(b.view, *units))
 
 
-def _rope_apart(linear: Linear, heads: int, before: int, rope: int) -> Linear:
+def _rope_apart(linear: Linear, before: int, rope: int) -> Linear:
     if linear.beside:
         raise LayoutError(f"layout rtp_llm: split_rope would tear the blocks of {linear.name}")
-    return Linear(linear.name, rope_apart(linear.weight, heads, before, rope))
+    return Linear(linear.name, rope_apart(linear.weight, before, rope))
 
 
 # ---- feed-forward blocks ----
@@ -245,8 +245,6 @@ def _mlp(mlp: Mlp, cut: Cut, making: Making, of: str = "") -> Iterator[Whole]:
 
 
 def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> Iterator[Whole]:
-    if moe.stacks is not None:
-        raise LayoutError(f"layout rtp_llm has no place for what {moe.name} has beside experts' matrices")
     no_bias(moe.router)
     yield Whole("moe_gate", moe.router.weight.T)
     if moe.correction is not None:
@@ -268,9 +266,7 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
 def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Making) -> Iterator[Whole]:
     """Experts' matrices as a stack, always [experts, out, in]; of w1 all up matrices, then all gates."""
     first, table = linears[0], table_of(linears[0])
-    kinds = {(table_of(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
-    if len(kinds) != 1:
-        raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another")
+    require_alike("rtp_llm", first.name, linears)
     no_bias(*linears)
     if first.leaf == "weight_packed":
         _require_int4(first, cut)

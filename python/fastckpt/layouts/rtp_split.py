@@ -266,11 +266,6 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
     if extra % ep or experts % ep:
         return [*range(experts), *range(extra)]
     own, more, a_node = experts // ep, extra // ep, ep // nodes
-    if more > own:
-        raise LayoutError(
-            f"layout rtp_llm: physical_experts: {more} redundant experts a part are more than the {own} of "
-            "the next"
-        )
     out = []
     for r in range(ep):
         after = r // a_node * a_node + (r + 1) % a_node

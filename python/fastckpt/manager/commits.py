@@ -26,7 +26,6 @@ from weakref import WeakValueDictionary
 
 from ..checkpoint import JSON
 from ..errors import ManagerError, SourceError, WriteError
-from ..extents import let_go
 from ..output import syscalls
 from ..output.filesystem import (
     as_write_errors,
@@ -39,6 +38,7 @@ from ..output.filesystem import (
     write_file,
 )
 from ..output.manifest import NAME, Manifest
+from ..paths import let_go
 from ..sources.training import LAYOUT
 
 LATEST = "latest"

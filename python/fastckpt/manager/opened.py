@@ -16,8 +16,8 @@ from ..checkpoint import JSON, Checkpoint, Single
 from ..digest import LEAF, Digesting, combine, digest64
 from ..dtypes import DType
 from ..errors import ManagerError, SourceError, near
-from ..extents import fill, pieces_of
 from ..output.manifest import FileEntry, Manifest, TensorEntry
+from ..paths import fill, pieces_of
 from ..road import reshard
 from ..running.tensors import torch_dtype
 from ..sources.training import CommitFiles, Shared, aliases_of, names_in

@@ -14,9 +14,9 @@ from contextlib import suppress
 from .. import sources
 from ..checkpoint import Checkpoint
 from ..errors import ManagerError, SourceError
-from ..extents import is_directory, is_file
 from ..output.filesystem import as_write_errors, real, remove_tree, sync_directory
 from ..output.manifest import NAME, Manifest
+from ..paths import is_directory, is_file
 from ..planning.plans import Plan
 from ..planning.request import Serving
 from ..road import plan, reshard

@@ -20,9 +20,9 @@ from typing import Protocol
 
 from ..digest import LEAF, Digesting
 from ..errors import ManagerError, SourceError, WriteError
-from ..extents import pieces_of
 from ..output.filesystem import make_directories, real, sync_directory
 from ..output.manifest import NAME, Manifest, rank_name
+from ..paths import pieces_of
 from ..verification.outputs import verify
 
 

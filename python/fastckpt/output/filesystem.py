@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from ..errors import WriteError
-from ..extents import let_go, unexpanded
+from ..paths import let_go, unexpanded
 
 _TRIES = 100
 """How often a directory is made that other runs take away again."""

@@ -23,7 +23,7 @@ from ..checkpoint import JSON
 from ..digest import LEAF, Digesting, digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, WriteError
-from ..extents import content, inside, is_directory, is_file
+from ..paths import content, inside, is_directory, is_file
 from ..plainjson import unique
 from .files import SlotTable
 

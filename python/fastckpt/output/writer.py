@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..digest import LEAF, Digesting
 from ..errors import WriteError, expect
-from ..extents import inside, pieces_of
+from ..paths import inside, pieces_of
 from . import syscalls
 from .files import FileLayout
 from .filesystem import as_write_errors, standing, write_file

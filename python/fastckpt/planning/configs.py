@@ -10,7 +10,7 @@ from .. import dtypes
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import RecipeError, ViewError
-from ..extents import is_directory
+from ..paths import is_directory
 from ..plainjson import read_json
 from .request import Request
 

@@ -21,7 +21,7 @@ from ..checkpoint import JSON, Checkpoint
 from ..digest import values_digest
 from ..dtypes import DTYPES
 from ..errors import WriteError
-from ..extents import unexpanded
+from ..paths import unexpanded
 from ..placement import Placement
 from ..quantisation.quantised_targets import Quantised
 from ..quantisation.schemes import Scheme

@@ -23,7 +23,7 @@ from ..roles import Beside, Embedding, Linear, Norm, Parameter
 from ..views import View
 from . import strangers
 from .imagining import MOST, Imagined
-from .quantised import Form, Quantised, StoredBeside
+from .quantised import Elements, Form, Quantised, StoredBeside
 
 LARGEST = 1 << 53
 """No size or factor that a config says is larger."""
@@ -32,12 +32,16 @@ LARGEST = 1 << 53
 LEAVES = (".weight", ".bias")
 """What the tensors of a plain module are called below it."""
 
-BYTES = ("int8", "float8_e4m3fn", "float8_e5m2")
-"""The dtypes of a quantised matrix whose values are bytes."""
+BYTES = ("int8", "float8_e4m3fn")
+"""The dtypes of a quantised matrix whose values are bytes; engines hold no fp8 but e4m3fn."""
 
-
-WHOLE = ("int32", "int64")
-"""Those of zero points that are packed, and of the groups of inputs."""
+ELEMENTS: Mapping[Elements, tuple[str, ...]] = {
+    "floats": ("float32", "bfloat16", "float16"),
+    "exponents": ("uint8",),
+    "integers": ("int32", "int64"),
+}
+"""The dtypes of what stands beside one: scales, those that are powers of two, and zero points that are packed
+or the groups of inputs."""
 
 
 class Dim(NamedTuple):
@@ -367,10 +371,11 @@ class Claims:
         dims: Mapping[Form, tuple[Dim, ...]] = {
             "matrix": (rows, columns), "transposed": (columns, rows), "vector": (whole,), "scalar": ()
         }  # fmt: skip
-        got, dtype = len(self.shape(name)), self._dtype(name)
-        if dtype.name not in WHOLE if kind.whole else dtype.kind != "float" and dtype.name != "uint8":
-            wanted = " or ".join(WHOLE) if kind.whole else "floats, or their exponents in bytes"
-            raise RecipeError(f"{self._stored(name)}: got {dtype}, wanted {wanted}")
+        got, dtype, wanted = len(self.shape(name)), self._dtype(name), ELEMENTS[kind.elements]
+        if dtype.name not in wanted:
+            raise RecipeError(
+                f"{self._stored(name)}: got {dtype}, wanted {kind.elements} ({' or '.join(wanted)})"
+            )
         form = next((f for f in kind.forms if len(dims[f]) == got), kind.forms[0])
         stored = self.tensor(name, *dims[form])
 

@@ -137,6 +137,8 @@ def _feeding(mixture: Mixture, claims: Claims, config: Mapping[str, JSON]) -> Fe
     block = None
     if not all(sparse.values()):
         plain = dim(config, *kind.mlp.width)
+        if plain.key == width.key:  # Jamba: ranks cut it otherwise than an expert's
+            plain = plain.times(1)
         block = dense(kind.mlp, claims, config, plain)
         widths = {plain.key: plain.size} | widths
 

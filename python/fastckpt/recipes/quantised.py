@@ -18,18 +18,19 @@ from ..errors import RecipeError
 from ..quantisation.schemes import said_form
 
 Form = Literal["matrix", "transposed", "vector", "scalar"]
+Elements = Literal["floats", "exponents", "integers"]
 
 
 class StoredBeside(NamedTuple):
     """A tensor beside a quantised matrix: its name below the module, how many outputs and inputs share one of
-    its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there; `whole`:
-    it holds whole numbers, not scales."""
+    its elements (0: all), and the forms in which the hub may store it; `needed`: it must be there;
+    `elements`: what it holds, exponents in bytes."""
 
     leaf: str
     unit: tuple[int, int]
     forms: tuple[Form, ...]
     needed: bool = True
-    whole: bool = False
+    elements: Elements = "floats"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +126,9 @@ def _packed(said: Mapping[str, JSON], weights: Mapping[str, JSON]) -> Quantised:
         raise _unread(said)
     each, group = _packing(said, weights.get("num_bits"), group)
     scale = StoredBeside("weight_scale", (1, group), ("matrix",))
-    zero = () if symmetric else (StoredBeside("weight_zero_point", (each, group), ("matrix",), whole=True),)
-    return Quantised((scale, *zero), "weight_packed", (1, each), shape="weight_shape")
+    zero = StoredBeside("weight_zero_point", (each, group), ("matrix",), elements="integers")
+    beside = (scale,) if symmetric else (scale, zero)
+    return Quantised(beside, "weight_packed", (1, each), shape="weight_shape")
 
 
 def _microscaled(said: Mapping[str, JSON], weights: Mapping[str, JSON], form: str) -> Quantised:
@@ -135,7 +137,7 @@ def _microscaled(said: Mapping[str, JSON], weights: Mapping[str, JSON], form: st
     wanted = {"num_bits": bits, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
     if any(weights.get(key) != value for key, value in wanted.items()):
         raise _unread(said)
-    scale = StoredBeside("weight_scale", (1, 32), ("matrix",))
+    scale = StoredBeside("weight_scale", (1, 32), ("matrix",), elements="exponents")
     return Quantised((scale,), "weight_packed", (1, 2)) if bits == 4 else Quantised((scale,))
 
 
@@ -148,7 +150,7 @@ def _packing(said: Mapping[str, JSON], bits: JSON, group: JSON) -> tuple[int, in
 
 def _zeros(each: int, group: int) -> StoredBeside:
     """AWQ's and GPTQ's zero points."""
-    return StoredBeside("qzeros", (each, group), ("transposed",), whole=True)
+    return StoredBeside("qzeros", (each, group), ("transposed",), elements="integers")
 
 
 def _awq(said: Mapping[str, JSON]) -> Quantised:
@@ -167,6 +169,6 @@ def _gptq(said: Mapping[str, JSON]) -> Quantised:
     beside = (
         _zeros(each, group),
         StoredBeside("scales", (1, group), ("transposed",)),
-        StoredBeside("g_idx", (0, 1), ("vector",), needed=False, whole=True),
+        StoredBeside("g_idx", (0, 1), ("vector",), needed=False, elements="integers"),
     )
     return Quantised(beside, "qweight", (1, each), True)

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from ..checkpoint import Checkpoint
 from ..collector import paused
 from ..errors import SourceError, expect
-from ..extents import is_directory, is_file, unexpanded
+from ..paths import is_directory, is_file, unexpanded
 from .options import Options
 from .ranks import natural
 

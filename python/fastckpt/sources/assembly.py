@@ -12,7 +12,8 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry, Replica, Saved
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import Extent, Extents, File, is_file, let_go
+from ..extents import Extent, Extents, File
+from ..paths import is_file, let_go
 from ..plainjson import read_json
 from ..stored import boxes, strided
 from ..views import Rows, View, zeros

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
-from ..extents import Extent, Extents, File, is_directory, is_file, listed
+from ..extents import Extent, Extents, File
+from ..paths import is_directory, is_file, listed
 from . import torchfile
 from .assembly import WRAPPERS, Boxed, assemble
 from .dcp_metadata import Metadata, Sizes, metadata

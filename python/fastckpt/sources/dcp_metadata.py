@@ -13,7 +13,8 @@ import xxhash
 
 from ..dtypes import DType
 from ..errors import SourceError, naming
-from ..extents import File, inside
+from ..extents import File
+from ..paths import inside
 from ..stored import check_tiles
 from . import torchpickle
 from .inert import Inert, type_name

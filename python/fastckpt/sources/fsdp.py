@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from ..checkpoint import JSON, Checkpoint
 from ..dtypes import DType
 from ..errors import SourceError, naming
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..plainjson import read_json
 from ..stored import check_tiles, strided
 from ..views import View

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON, Checkpoint, Entry, Saved
 from ..errors import SourceError, naming
-from ..extents import Extents, is_directory, is_file, listed
+from ..extents import Extents
+from ..paths import is_directory, is_file, listed
 from ..placement import Placement
 from . import megatron_dist, steps, torchfile
 from .assembly import assemble

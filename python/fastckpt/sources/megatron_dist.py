@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping
 
 from ..checkpoint import JSON, Checkpoint, Saved, Single
 from ..errors import SourceError, naming
-from ..extents import Extents, File, is_file
+from ..extents import Extents, File
+from ..paths import is_file
 from ..plainjson import read_json
 from ..stored import boxes
 from ..views import View, cat

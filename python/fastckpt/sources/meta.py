@@ -16,7 +16,7 @@ from functools import partial
 
 from ..checkpoint import Checkpoint, Entry, Saved, Single
 from ..errors import SourceError
-from ..extents import is_directory, is_file, listed
+from ..paths import is_directory, is_file, listed
 from ..plainjson import read_json
 from ..views import View, cat
 from . import safetensors, torchfile

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import File, is_file
+from ..extents import File
+from ..paths import is_file
 from ..plainjson import read_json
 from . import safetensors, statedict
 from .options import Options

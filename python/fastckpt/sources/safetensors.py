@@ -17,8 +17,9 @@ import xxhash
 from ..checkpoint import JSON, Checkpoint, Entry
 from ..dtypes import BY_SAFETENSORS, DType, in_elements
 from ..errors import SourceError, ViewError
-from ..extents import Extent, Extents, File, is_directory, is_file, listed
+from ..extents import Extent, Extents, File
 from ..output.manifest import NAME, TensorEntry
+from ..paths import is_directory, is_file, listed
 from ..plainjson import parse_json
 from .assembly import Strided, assemble, sampled
 from .options import Options

@@ -14,8 +14,9 @@ import xxhash
 
 from ..checkpoint import JSON, Checkpoint
 from ..errors import SourceError
-from ..extents import File, is_directory, is_file
+from ..extents import File
 from ..output.manifest import NAME, Manifest, rank_of
+from ..paths import is_directory, is_file
 from .assembly import assemble
 from .options import Options
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from ..extents import inside, is_directory, is_file
+from ..paths import inside, is_directory, is_file
 from ..plainjson import read_json
 from .options import Options
 from .ranks import natural

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import Checkpoint, Entry
 from ..errors import SourceError
-from ..extents import is_directory, listed
+from ..paths import is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
 from .inert import Inert, type_name

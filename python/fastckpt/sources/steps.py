@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from ..errors import SourceError
-from ..extents import content, is_directory, is_file, listed
+from ..paths import content, is_directory, is_file, listed
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HUB = "huggingface"

@@ -18,7 +18,8 @@ import xxhash
 
 from ..digest import crc32
 from ..errors import SourceError, naming
-from ..extents import Extent, File, content, is_file
+from ..extents import Extent, File
+from ..paths import content, is_file
 from . import inertpickle, torchpickle
 from .assembly import sampled
 from .inert import Inert

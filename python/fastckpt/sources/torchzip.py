@@ -16,7 +16,8 @@ import xxhash
 
 from ..digest import crc32
 from ..errors import SourceError
-from ..extents import File, let_go
+from ..extents import File
+from ..paths import let_go
 from .zipentries import FULL16, FULL32, STREAMED, Entries, Record, zip64
 
 MAX_DIRECTORY = 256 << 20

@@ -22,8 +22,9 @@ from ..checkpoint import JSON, Checkpoint, Saved
 from ..digest import digest
 from ..dtypes import BY_NAME, DType
 from ..errors import SourceError, naming
-from ..extents import Extent, Extents, File, content, is_file
+from ..extents import Extent, Extents, File
 from ..output.manifest import NAME, Manifest, TensorEntry
+from ..paths import content, is_file
 from ..plainjson import parse_json
 from ..stored import check_tiles
 from ..views import dense_strides

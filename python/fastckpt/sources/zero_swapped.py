@@ -16,7 +16,8 @@ import numpy as np
 
 from ..dtypes import float32
 from ..errors import SourceError
-from ..extents import File, is_file
+from ..extents import File
+from ..paths import is_file
 from .zero_layout import Flat, Shape
 from .zero_opening import Opening
 from .zero_state import ModelState, OptimState

@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 
 from ..errors import SourceError
-from ..extents import is_file
+from ..paths import is_file
 from ..views import dense_strides
 from .torchfile import Tensor
 from .zero_files import Files

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from ..checkpoint import JSON, Checkpoint
 from ..digest import digest
 from ..errors import LayoutError, expect
-from ..extents import is_file
 from ..layouts import Layout
 from ..opening import open_joined
 from ..output.manifest import NAME, Manifest, Shard
+from ..paths import is_file
 from ..placement import Placement, grid_of
 from ..planning import plans
 from ..planning.request import Request

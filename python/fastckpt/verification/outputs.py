@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ..digest import digest
 from ..errors import FastckptError, SourceError, expect
-from ..extents import fill, is_directory, let_go
 from ..output.manifest import NAME, TRACE, FileEntry, Manifest, TensorEntry, rank_of
+from ..paths import fill, is_directory, let_go
 from ..plainjson import json_object, read_json
 from ..sources.safetensors import Item, read_header
 from .rereading import Progress, Stored, reread

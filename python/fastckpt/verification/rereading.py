@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ..digest import LEAF, combine, leaf_digests
 from ..dtypes import DType
 from ..errors import SourceError
-from ..extents import fill, let_go
 from ..finite import nonfinite
+from ..paths import fill, let_go
 from ..pipeline import cores, feed
 
 Progress = Callable[[int, int, str], None]
