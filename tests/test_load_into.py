@@ -3,7 +3,8 @@
 import fastckpt
 import pytest
 import torch
-from fastckpt.errors import LayoutError
+from fastckpt.errors import DeviceError, LayoutError, ViewError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from zero_writer import write_zero
 
 
@@ -101,18 +102,36 @@ def test_a_tied_name_is_filled_where_the_module_lacks_its_holder(tmp_path, meta,
     assert all(torch.equal(t, weight) for t in module.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("device", "told"), [("cpu", "lie over the same memory"), ("meta", "two tensors of the")]
-)
-def test_a_module_that_ties_what_the_checkpoint_does_not(device, told):
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_module_that_ties_what_the_checkpoint_does_not(device):
     with torch.device(device):
         module = torch.nn.ModuleDict(
             {"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4, bias=False)}
         )
         module["head"].weight = module["embed"].weight
     state = {"embed.weight": torch.zeros(4, 3), "head.weight": torch.ones(4, 3)}
-    with pytest.raises(LayoutError, match=f"embed.weight and head.weight .*{told}"):
+    with pytest.raises(
+        LayoutError, match=r"embed.weight and head.weight lie over the same memory .*two tens"
+    ):
         fastckpt.load_into(module, state)
+
+
+@pytest.mark.parametrize("how", ["one parameter", "one memory", "one parameter on meta"])
+def test_a_module_that_ties_a_name_to_another_than_the_checkpoint_does(how):
+    """The checkpoint's head is its first table, the module's head is its second."""
+    with torch.device("meta" if how.endswith("meta") else "cpu"):
+        module = torch.nn.ModuleDict({n: torch.nn.Linear(3, 3, bias=False) for n in ("a", "b", "head")})
+    second = module["b"].weight
+    module["head"].weight = torch.nn.Parameter(second.data) if how == "one memory" else second
+    one = torch.ones(3, 3)
+    state = {"a.weight": one, "b.weight": torch.zeros(3, 3), "head.weight": one}
+    for strict in (True, False):
+        with pytest.raises(
+            LayoutError, match=r"(b|head).weight and (b|head).weight lie over the same memory"
+        ):
+            fastckpt.load_into(module, state, strict=strict)
+    fastckpt.load_into(module, state | {"b.weight": one})
+    assert all(torch.equal(x, one) for x in module.state_dict().values())
 
 
 def test_a_buffer_no_checkpoint_holds_is_not_left_on_meta_unsaid(tmp_path):
@@ -133,6 +152,22 @@ def test_a_tied_module_does_not_choose_between_two_tensors():
     module[1].weight = module[0].weight
     with pytest.raises(LayoutError, match="same memory"):
         fastckpt.load_into(module, {"0.weight": torch.zeros(3, 3), "1.weight": torch.ones(3, 3)})
+
+
+def test_a_module_on_two_devices_or_of_other_numbers():
+    given = {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(2, 2)}
+    module = torch.nn.ModuleDict({n: torch.nn.Linear(2, 2, bias=False) for n in "ab"})
+    with FakeTensorMode():  # needs no second device
+        module["b"].weight = torch.nn.Parameter(torch.empty(2, 2, device="cuda"))
+    with pytest.raises(DeviceError, match="the module lies on cpu, cuda:0; load its parts one by one"):
+        fastckpt.load_into(module, given)
+    module = torch.nn.Module()
+    module.register_buffer("w", torch.ones(2, dtype=torch.int32))
+    with pytest.raises(ViewError, match=r"^w: cast: no conversion from float32 to int32"):
+        fastckpt.load_into(module, {"w": torch.ones(2)})
+    module.w = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
+    with pytest.raises(LayoutError, match=r"^w: no dtype torch\.qint8 here"):
+        fastckpt.load_into(module, {"w": torch.ones(2)})
 
 
 def test_names_that_a_wrapper_changed_are_told_with_the_way_out():

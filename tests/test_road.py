@@ -1,11 +1,13 @@
 """The whole road, from a ZeRO checkpoint or tensors to every end, against torch alone."""
 
+import errno
 import fcntl
 import itertools
 import json
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import fastckpt
 import numpy as np
@@ -13,7 +15,15 @@ import pytest
 import torch
 from fastckpt import dtypes, road, sources, stored
 from fastckpt.dtypes import BY_NAME, DTYPES
-from fastckpt.errors import DeviceError, LayoutError, RecipeError, SourceError, ViewError, WriteError
+from fastckpt.errors import (
+    DeviceError,
+    FastckptError,
+    LayoutError,
+    RecipeError,
+    SourceError,
+    ViewError,
+    WriteError,
+)
 from fastckpt.executors import pick
 from fastckpt.executors.cpu import built
 from fastckpt.layouts import Naming
@@ -22,6 +32,7 @@ from fastckpt.output.writer import Output
 from fastckpt.planning import plans
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import limits, runs
+from fastckpt.running.tensors import torch_dtype
 from fastckpt.target import Target
 from layouts import families, oracle, tiny
 from reading import refuses_what_is_written_to
@@ -219,6 +230,42 @@ def test_memory_that_is_filled_twice_or_read_later_is_refused():
     assert torch.equal(apart, torch.ones(12))
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (lambda table: table, None),
+        (lambda table: table.clone(), "head is tied to table but is not the same memory"),
+        (lambda table: table.t(), "head is tied to table but is not the same memory"),
+        (lambda table: table.view(torch.int32), "head is tied to table but is not the same memory"),
+        (lambda table: 5, "head of rank 0: wanted Tensor, got int 5"),
+    ],
+)
+def test_a_tied_name_of_the_caller_s_is_the_same_tensor(head, message):
+    table, room = torch.randn(3, 3), torch.zeros(3, 3)
+    asked = partial(fastckpt.reshard, {"table": table, "head": table}, rank=0, layout="same")
+    if message is None:
+        asked(out={"table": room, "head": head(room)})
+        assert torch.equal(room, table)
+        return
+    with pytest.raises(FastckptError, match=f"^out: {message}"):
+        asked(out={"table": room, "head": head(room)})
+    assert not room.any()
+
+
+def test_tensors_of_the_caller_s_that_do_not_fit():
+    given = {"w": torch.ones(2)}
+    with pytest.raises(LayoutError, match="out: wanted 1 dicts of tensors, got 2"):
+        fastckpt.reshard(given, layout="same", out=[{"w": torch.zeros(2)}] * 2)
+    with pytest.raises(DeviceError, match="out: w is on meta, wanted cpu"):
+        fastckpt.reshard(given, layout="same", out=[{"w": torch.zeros(2, device="meta")}])
+
+
+def test_a_dtype_that_torch_lacks(monkeypatch):
+    monkeypatch.delattr(torch, "float8_e8m0fnu", raising=False)
+    with pytest.raises(LayoutError, match=r"this torch \(.*\) has no dtype float8_e8m0fnu"):
+        torch_dtype.__wrapped__(BY_NAME["float8_e8m0fnu"])
+
+
 @pytest.mark.parametrize("quant", [None, "int8"])
 def test_little_is_moved_by_the_callers_thread(monkeypatch, quant):
     state = {"a.up_proj.weight": torch.randn(64, 128), "b": torch.randn(3)}
@@ -322,6 +369,19 @@ def test_what_is_computed_is_the_same_when_a_plan_is_compiled_again(monkeypatch)
     got = fastckpt.reshard(hub, 2, layout="rtp_llm", config=config)
     for a, b in zip(want, got, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class Twice(Scaled):
+    """One name for two tensors."""
+
+    def targets(self, ckpt, placement):
+        yield from (Target("w", ckpt[name]) for name in ckpt)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(LayoutError, match="two tensors named w on rank 0"):
+            fastckpt.reshard({"a": torch.ones(2), "b": torch.zeros(2)}, layout=Twice(), out=out)
 
 
 class Wavering(Scaled):
@@ -504,6 +564,33 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+
+
+def test_a_kept_plan_under_anothers_name_is_not_used(tmp_path, monkeypatch):
+    plans = tmp_path / "plans"
+    monkeypatch.setenv("FASTCKPT_CACHE", str(plans))
+    truth = [
+        write_zero(tmp_path / n, {"w": torch.randn(4, k)}, stage=3, world=2) for n, k in (("a", 2), ("b", 4))
+    ]
+    first = fastckpt.reshard(tmp_path / "a", layout="same")
+    (of_a,) = plans.iterdir()
+    fastckpt.reshard(tmp_path / "b", layout="same")
+    (of_b,) = set(plans.iterdir()) - {of_a}
+    of_b.write_bytes(of_a.read_bytes())
+    same(fastckpt.reshard(tmp_path / "b", layout="same")[0], truth[1])
+    same(first[0], truth[0])
+
+
+def test_a_plan_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
+    truth = write_zero(tmp_path / "in", {"w": torch.randn(4, 2)}, stage=3, world=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+    assert not list((tmp_path / "plans").iterdir())
 
 
 def test_bands_of_any_number_of_threads_stay_within_the_promise():

@@ -23,12 +23,12 @@ Role = TypeVar("Role")
 
 
 class Lazy(Generic[Role]):
-    """Roles in order; each is built when it is first asked for, then kept."""
+    """Roles in order, each built when it is asked for and kept; `last_only`: until the next one is."""
 
-    __slots__ = ("_builds", "_built")
+    __slots__ = ("_builds", "_built", "_last_only")
 
-    def __init__(self, builds: Sequence[Callable[[], Role]]) -> None:
-        self._builds = builds
+    def __init__(self, builds: Sequence[Callable[[], Role]], *, last_only: bool = False) -> None:
+        self._builds, self._last_only = tuple(builds), last_only
         self._built: dict[int, Role] = {}
 
     def __len__(self) -> int:
@@ -36,19 +36,22 @@ class Lazy(Generic[Role]):
 
     def __getitem__(self, index: int) -> Role:
         if index not in self._built:
-            self._built[index] = self._builds[index]()
+            built = self._builds[index]()
+            if self._last_only:
+                self._built.clear()
+            self._built[index] = built
         return self._built[index]
 
     def __iter__(self) -> Iterator[Role]:
         return (self[i] for i in range(len(self)))
 
     def map(self, change: Callable[[Role], Role]) -> Lazy[Role]:
-        """What `change` makes of each, when it is first asked for."""
+        """What `change` makes of each, when it is asked for."""
 
         def build(index: int) -> Role:
             return change(self[index])
 
-        return Lazy([partial(build, i) for i in range(len(self))])
+        return Lazy([partial(build, i) for i in range(len(self))], last_only=self._last_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,35 +165,13 @@ class Layer:
     whole: tuple[Parameter, ...] = ()
 
 
-class Layers:
-    """Layers, first to last, each built when it is asked for.
+class Layers(Lazy[Layer]):
+    """Layers, first to last. One at a time is kept: all ranks of a run ask for it before the next."""
 
-    Only the last one built is kept: all ranks of a run ask for the same layer before the next."""
-
-    __slots__ = ("_builds", "_last")
+    __slots__ = ()
 
     def __init__(self, builds: Sequence[Callable[[], Layer]]) -> None:
-        self._builds = tuple(builds)
-        self._last: tuple[int, Layer] | None = None
-
-    def __len__(self) -> int:
-        return len(self._builds)
-
-    def __getitem__(self, index: int) -> Layer:
-        if self._last is None or self._last[0] != index:
-            self._last = index, self._builds[index]()
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[Layer]:
-        return (self[i] for i in range(len(self)))
-
-    def map(self, change: Callable[[Layer], Layer]) -> Layers:
-        """What `change` makes of each, when it is asked for."""
-
-        def build(index: int) -> Layer:
-            return change(self[index])
-
-        return Layers([partial(build, i) for i in range(len(self))])
+        super().__init__(builds, last_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +225,7 @@ class HubCuts:
 class Encoder:
     """The encoder beside a decoder. `positions`: a learned position table; `norm`: after the last layer."""
 
-    layers: Layers
+    layers: Lazy[Layer]
     norm: Norm | None = None
     positions: Embedding | None = None
 
@@ -257,7 +238,7 @@ class Tower:
     The output of layer `read`, counted from 1, is the last that a merger reads; `beyond`: tensors that stand
     after it and are in no layer."""
 
-    layers: Layers
+    layers: Lazy[Layer]
     sizes: Sizes
     read: int
     mergers: tuple[Mlp, ...] = ()
@@ -330,7 +311,7 @@ class Model:
     family: str
     sizes: Sizes
     embedding: Embedding
-    layers: Layers
+    layers: Lazy[Layer]
     norm: Norm | None
     lm_head: Linear
     tied: bool = False

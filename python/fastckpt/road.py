@@ -362,7 +362,7 @@ def load_into(
     run = Run(threads, memory, progress)
     planned = proved(run, lambda: plans.draft(open_joined(ckpt, recipe, config), request, in_memory=True))
     made = {t.name for t in planned.tensors}
-    tensors.require_apart(state, made)
+    tensors.require_apart(state, made, planned.aliases)
     again = tensors.untied(state, made, planned.aliases)
     tied = tensors.tied(state, made | again.keys())
     if strict:

@@ -490,11 +490,23 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("has no model.extra", {}, {"model.extra.weight": torch.ones(3)})
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, layout="vllm", apart=True)
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, quant="int8", apart=True)
+    refused("quant none: an adapter is merged into what is dense already", {q: (a, b)}, quant="none")
     tied_config, tied, _ = tiny.made("tied")
     other = hub(tmp_path / "tied", tied_config, tied)
     table = "model.embed_tokens"
     rows, width = tied[f"{table}.weight"].shape
-    refused("is tied", {table: (torch.ones(4, rows), torch.ones(width, 4))}, tables=(table,), base=other)
+    halves = {table: (torch.ones(4, rows), torch.ones(width, 4))}
+    refused("is tied", halves, tables=(table,), base=other)
+    for layout in ("same", "hf"):  # the config is given, not beside
+        refused("is tied", halves, tables=(table,), base=tied, config=tied_config, layout=layout)
+    fewer = {"config": tied_config | {"vocab_size": rows - 2}, "vocab_size": rows - 2, "layout": "hf"}
+    refused(
+        "lm_head.weight and model.embed_tokens.weight are one tensor",
+        halves,
+        tables=(table,),
+        base=tied,
+        **fewer,
+    )
     unsaid = hub(tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied)
     for one in (other, unsaid):
         for name in (table, "lm_head"):  # modules_to_save, in any layout

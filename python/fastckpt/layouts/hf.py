@@ -29,6 +29,7 @@ from .requirements import (
     require_even,
     require_heads,
     require_least,
+    require_pad,
     require_subjects,
     require_tensor_parallel,
 )
@@ -54,8 +55,7 @@ class Hf:
 
     def __post_init__(self) -> None:
         require_least("hf", self, 1, "multiple", "vocab_padding")
-        if self.multiple > 1 and not self.pad:
-            raise LayoutError("layout hf: multiple goes with pad=True (-L pad=true), which pads widths to it")
+        require_pad("hf", self.pad, self.multiple)
 
     def targets(self, model: Model, placement: Placement) -> Iterator[Target]:
         """The rank's tensors; a tied lm_head is left out, the config says it is tied.

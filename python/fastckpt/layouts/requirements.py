@@ -5,7 +5,7 @@ Sizes are looked at before a view is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +23,7 @@ from ..mixers import (
 )
 from ..model import Experts, Layer, Mlp, Sizes
 from ..placement import Placement
+from ..roles import Linear
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,6 +35,21 @@ def require_least(layout: str, made: object, least: int, *options: str) -> None:
         expect(f"layout {layout}: {name}", size := getattr(made, name), int)
         if size < least:
             raise LayoutError(f"layout {layout}: {name} must be at least {least}, got {size}")
+
+
+def require_pad(layout: str, pad: bool, multiple: int) -> None:
+    """Raises LayoutError for a multiple that nothing is padded to."""
+    if multiple > 1 and not pad:
+        raise LayoutError(
+            f"layout {layout}: multiple goes with pad=True (-L pad=true), which pads widths to it"
+        )
+
+
+def require_alike(layout: str, name: str, linears: Sequence[Linear]) -> None:
+    """Raises LayoutError for experts' matrices that cannot be one stack."""
+    forms = {(x.leaf, x.packed, *((b.leaf, b.unit) for b in x.beside)) for x in linears}
+    if len(forms) != 1:
+        raise LayoutError(f"layout {layout}: {name}: experts are stored unlike one another")
 
 
 class Subject(NamedTuple):

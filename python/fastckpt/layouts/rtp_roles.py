@@ -16,7 +16,13 @@ from ..mixers import Attention, DeltaNet, Mla
 from ..model import Experts, Layer, Mlp, Model
 from ..roles import Linear
 from ..views import cat, stack
-from .requirements import require_heads_alike, require_neighbours, require_no_scalars, two_blocks
+from .requirements import (
+    require_alike,
+    require_heads_alike,
+    require_neighbours,
+    require_no_scalars,
+    two_blocks,
+)
 from .rtp_matrices import (
     Whole,
     beside_name,
@@ -260,9 +266,7 @@ def _experts(moe: Experts, cut: Cut, making: Making, order: Sequence[int]) -> It
 def _stacks(end: str, linears: Sequence[Linear], axis: int, cut: Cut, making: Making) -> Iterator[Whole]:
     """Experts' matrices as a stack, always [experts, out, in]; of w1 all up matrices, then all gates."""
     first, table = linears[0], table_of(linears[0])
-    kinds = {(table_of(x), x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
-    if len(kinds) != 1:
-        raise LayoutError(f"layout rtp_llm: experts like {first.name} are stored unlike one another")
+    require_alike("rtp_llm", first.name, linears)
     no_bias(*linears)
     if first.leaf == "weight_packed":
         _require_int4(first, cut)

@@ -34,11 +34,13 @@ from .naming import Naming
 from .padding import advice, padded, resized, round_up
 from .requirements import (
     Subject,
+    require_alike,
     require_delta,
     require_even,
     require_heads,
     require_least,
     require_mamba,
+    require_pad,
     require_subjects,
 )
 from .servers import Share, expert_share, layer_range
@@ -68,10 +70,7 @@ class Vllm:
 
     def __post_init__(self) -> None:
         require_least("vllm", self, 1, "multiple", "vocab_padding")
-        if self.multiple > 1 and not self.pad:
-            raise LayoutError(
-                "layout vllm: multiple goes with pad=True (-L pad=true), which pads widths to it"
-            )
+        require_pad("vllm", self.pad, self.multiple)
         if self.engine:
             known(self.engine)
         if self.engine and (self.vocab_padding, self.gate_up) != (64, "gate_up"):
@@ -397,9 +396,7 @@ def _require_marlin(linear: Linear) -> None:
 def _stacked(name: str, linears: Sequence[Linear]) -> Iterator[Target]:
     """The experts' matrices of one kind as a stack, and stacks of their biases and of what is beside them."""
     first = linears[0]
-    kinds = {(x.leaf, x.packed, tuple((b.leaf, b.unit) for b in x.beside)) for x in linears}
-    if len(kinds) != 1:
-        raise LayoutError(f"layout vllm: {name}: experts are stored unlike one another")
+    require_alike("vllm", name, linears)
     for b in first.beside:
         if b.leaf == "input_scale" and b.view.numel > 1:
             raise LayoutError(

@@ -21,7 +21,7 @@ from ..computed import prequantised, quantised_sources
 from ..computed.nowhere import lies_nowhere
 from ..digest import LEAF, values_digest
 from ..dtypes import DType, float8_e4m3fn, float8_e5m2
-from ..errors import LayoutError
+from ..errors import LayoutError, ViewError
 from ..extents import Extent, Extents
 from ..layouts.naming import Naming
 from ..output.files import FileLayout, Specs, safetensors_layout, split
@@ -231,7 +231,11 @@ def _as_asked(
                 f"{target.name} is quantised, so its bytes cannot become {kind}; "
                 'quant="none" (--quant none) makes dense weights'
             )
-        yield rank, Target(name, view.cast(kind), target.shape)
+        try:
+            view = view.cast(kind)
+        except ViewError as e:
+            raise ViewError(f"{name}: {e}") from None
+        yield rank, Target(name, view, target.shape)
 
 
 def _beside(ckpt: Checkpoint) -> list[JSON]:

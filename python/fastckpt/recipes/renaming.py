@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from ..checkpoint import Checkpoint
 from ..errors import RecipeError
-from ..model import Layers, Lazy, Model
+from ..model import Lazy, Model
 from ..views import View
 
 Role = TypeVar("Role")
@@ -65,7 +65,7 @@ def renamed(model: Model, spell: Callable[[str], str]) -> Model:
 def _renamed(role: Role, spell: Callable[[str], str]) -> Role:
     """A role, or what a field of one holds, with other names; layers and experts when they are asked for."""
     made: object = role
-    if isinstance(role, Layers | Lazy):
+    if isinstance(role, Lazy):
         made = role.map(partial(_renamed, spell=spell))
     elif isinstance(role, tuple):
         made = tuple([_renamed(each, spell) for each in role])

@@ -81,10 +81,18 @@ def matched(planned: Plan, out: Sequence[Mapping[str, torch.Tensor]], device: st
         if more:
             raise LayoutError(f"out: rank {rank} has {len(more)} tensors nothing fills, such as {more[0]}")
         for alias, holder in planned.aliases.items():
-            tied = alias in state and alias not in names
-            if tied and state[alias].data_ptr() != state[holder].data_ptr():
-                raise LayoutError(f"out: {alias} is tied to {holder} but is not the same memory")
+            if alias in state and alias not in names:
+                expect(f"out: {alias} of rank {rank}", state[alias], torch.Tensor)
+                if not _one(state[alias], state[holder]):
+                    raise LayoutError(f"out: {alias} is tied to {holder} but is not the same memory")
     return buffers
+
+
+def _one(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    if not (lies_as_is(a) and lies_as_is(b)) or (a.device, a.dtype) != (b.device, b.dtype):
+        return False
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def _refuse_overlaps(planned: Plan, buffers: Sequence[Buffer]) -> None:
@@ -194,16 +202,25 @@ def untied(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[s
     return found
 
 
-def require_apart(state: Mapping[str, torch.Tensor], made: set[str]) -> None:
-    """Raises LayoutError where two names that are each filled are one parameter on the meta device; `matched`
-    finds those that have memory."""
-    first: dict[int, str] = {}
-    for name in sorted(n for n in made if state[n].is_meta):
-        if (other := first.setdefault(id(state[name]), name)) != name:
+def require_apart(state: Mapping[str, torch.Tensor], made: set[str], aliases: Mapping[str, str]) -> None:
+    """Raises LayoutError where two names are two tensors of the checkpoint and one parameter of the module,
+    or share its memory."""
+    spans: dict[tuple[str, int, int, str], str] = {}
+    for name in sorted(n for n in state if n in made or n in aliases):
+        tensor = state[name]
+        if tensor.nbytes and (tensor.is_meta or lies_as_is(tensor)):  # `matched` refuses any other
+            start, nbytes = (id(tensor), 1) if tensor.is_meta else (tensor.data_ptr(), tensor.nbytes)
+            span = str(tensor.device), start, start + nbytes, aliases.get(name, name)
+            spans.setdefault(span, name)
+    on, end, before = "", 0, ""
+    for (device, start, stop, _), name in sorted(spans.items()):
+        if device == on and start < end:
             raise LayoutError(
-                f"load_into: {other} and {name} are one parameter of the module, and two tensors of the "
-                "checkpoint"
+                f"load_into: {before} and {name} lie over the same memory in the module, and are two tensors "
+                "of the checkpoint"
             )
+        if device != on or stop > end:
+            on, end, before = device, stop, name
 
 
 def made_real(state: Mapping[str, torch.Tensor], device: str) -> State:
