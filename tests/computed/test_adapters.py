@@ -235,6 +235,15 @@ def test_a_checkpoint_of_the_adapted_model(tmp_path):
     equal(alone, written)
     with pytest.raises(FastckptError, match=r"is an adapter's; adapter= \(--adapter DIR\)"):
         fastckpt.reshard(state, config=config)
+    base = {n: x for n, x in state.items() if ".modules_to_save." not in n}
+    first = f"{PREFIX}{next(iter(pairs))}.weight"
+    for odd, adapter, words in (
+        (state, "x", r"holds an adapter \(.*\), and .*/x another; open the base alone"),
+        (base, "adapter", r"nothing takes the place of .*lm_head\.original_module\.weight"),
+        (state | {first: torch.ones(2)}, "adapter", r"q_proj\.weight is a second model\..*q_proj\.weight of"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            fastckpt.reshard(odd, config=config, adapter=tmp_path / adapter)
     trained = {n: x for n, x in state.items() if ".lora_" in n or ".modules_to_save." in n}
     with pytest.raises(FastckptError, match=r"whose base is not here; open the base"):
         fastckpt.reshard(trained)
