@@ -75,8 +75,8 @@ def resolve(ckpt: Checkpoint, request: Request, *, to_files: bool) -> Resolved:
     if request.adapter is not None:
         from ..computed import adapters
 
-        saved_as = partial(recipes.saved_as, config or ckpt.config or {})
-        adapter = adapters.fit(ckpt, os.fspath(request.adapter), saved_as)
+        told = config or ckpt.config or {}
+        adapter = adapters.fit(ckpt, os.fspath(request.adapter), partial(recipes.saved_as, told), told)
         ckpt = _adapted(adapter, layout, request, dtype)
     if dtype is not None:
         quantised_sources.require_as_stored(ckpt, dtype, scales=not layout.roles)
