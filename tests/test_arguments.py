@@ -142,6 +142,12 @@ def test_more_wrong_arguments_are_named(tmp_path):
         fastckpt.consolidate(tmp_path, weights_key="m")
     with pytest.raises(FastckptError, match="weights_key: wanted a key"):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="")
+    with pytest.raises(
+        FastckptError, match=r"weights_key .* make a training checkpoint: one \.bin, no safetens"
+    ):
+        fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="m", safe_serialization=True)
+    with pytest.raises(FastckptError, match="quant int8: wanted safetensors or fresh tensors as the output"):
+        fastckpt.reshard(tmp_path, layout=Same("bin"), quant="int8", out=tmp_path / "out")
     with pytest.raises(FastckptError, match="client_state: wanted Sequence"):
         fastckpt.consolidate(tmp_path, tmp_path / "out", weights_key="m", client_state="step")
     with pytest.raises(FastckptError, match="out: wanted"):

@@ -1,5 +1,6 @@
 """The whole road, from a ZeRO checkpoint or tensors to every end, against torch alone."""
 
+import errno
 import fcntl
 import itertools
 import json
@@ -370,6 +371,19 @@ def test_what_is_computed_is_the_same_when_a_plan_is_compiled_again(monkeypatch)
         assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+class Twice(Scaled):
+    """One name for two tensors."""
+
+    def targets(self, ckpt, placement):
+        yield from (Target("w", ckpt[name]) for name in ckpt)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(LayoutError, match="two tensors named w on rank 0"):
+            fastckpt.reshard({"a": torch.ones(2), "b": torch.zeros(2)}, layout=Twice(), out=out)
+
+
 class Wavering(Scaled):
     """Other tensors, or other constants, each time it is asked."""
 
@@ -550,6 +564,33 @@ def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+
+
+def test_a_kept_plan_under_anothers_name_is_not_used(tmp_path, monkeypatch):
+    plans = tmp_path / "plans"
+    monkeypatch.setenv("FASTCKPT_CACHE", str(plans))
+    truth = [
+        write_zero(tmp_path / n, {"w": torch.randn(4, k)}, stage=3, world=2) for n, k in (("a", 2), ("b", 4))
+    ]
+    first = fastckpt.reshard(tmp_path / "a", layout="same")
+    (of_a,) = plans.iterdir()
+    fastckpt.reshard(tmp_path / "b", layout="same")
+    (of_b,) = set(plans.iterdir()) - {of_a}
+    of_b.write_bytes(of_a.read_bytes())
+    same(fastckpt.reshard(tmp_path / "b", layout="same")[0], truth[1])
+    same(first[0], truth[0])
+
+
+def test_a_plan_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
+    truth = write_zero(tmp_path / "in", {"w": torch.randn(4, 2)}, stage=3, world=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+    assert not list((tmp_path / "plans").iterdir())
 
 
 def test_bands_of_any_number_of_threads_stay_within_the_promise():

@@ -235,6 +235,15 @@ def test_a_checkpoint_of_the_adapted_model(tmp_path):
     equal(alone, written)
     with pytest.raises(FastckptError, match=r"is an adapter's; adapter= \(--adapter DIR\)"):
         fastckpt.reshard(state, config=config)
+    base = {n: x for n, x in state.items() if ".modules_to_save." not in n}
+    first = f"{PREFIX}{next(iter(pairs))}.weight"
+    for odd, adapter, words in (
+        (state, "x", r"holds an adapter \(.*\), and .*/x another; open the base alone"),
+        (base, "adapter", r"nothing takes the place of .*lm_head\.original_module\.weight"),
+        (state | {first: torch.ones(2)}, "adapter", r"q_proj\.weight is a second model\..*q_proj\.weight of"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            fastckpt.reshard(odd, config=config, adapter=tmp_path / adapter)
     trained = {n: x for n, x in state.items() if ".lora_" in n or ".modules_to_save." in n}
     with pytest.raises(FastckptError, match=r"whose base is not here; open the base"):
         fastckpt.reshard(trained)
@@ -490,11 +499,23 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("has no model.extra", {}, {"model.extra.weight": torch.ones(3)})
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, layout="vllm", apart=True)
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, quant="int8", apart=True)
+    refused("quant none: an adapter is merged into what is dense already", {q: (a, b)}, quant="none")
     tied_config, tied, _ = tiny.made("tied")
     other = hub(tmp_path / "tied", tied_config, tied)
     table = "model.embed_tokens"
     rows, width = tied[f"{table}.weight"].shape
-    refused("is tied", {table: (torch.ones(4, rows), torch.ones(width, 4))}, tables=(table,), base=other)
+    halves = {table: (torch.ones(4, rows), torch.ones(width, 4))}
+    refused("is tied", halves, tables=(table,), base=other)
+    for layout in ("same", "hf"):  # the config is given, not beside
+        refused("is tied", halves, tables=(table,), base=tied, config=tied_config, layout=layout)
+    fewer = {"config": tied_config | {"vocab_size": rows - 2}, "vocab_size": rows - 2, "layout": "hf"}
+    refused(
+        "lm_head.weight and model.embed_tokens.weight are one tensor",
+        halves,
+        tables=(table,),
+        base=tied,
+        **fewer,
+    )
     unsaid = hub(tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied)
     for one in (other, unsaid):
         for name in (table, "lm_head"):  # modules_to_save, in any layout

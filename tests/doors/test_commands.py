@@ -16,7 +16,7 @@ import pytest
 import torch
 from doors.llama import CONFIG, left, llama
 from fastckpt import cli
-from fastckpt.doors import arguments, demo
+from fastckpt.doors import arguments, demo, doctor
 from fastckpt.errors import FastckptError
 from fastckpt.placement import Placement
 from fastckpt.recipes import TYPES
@@ -426,6 +426,30 @@ def test_doctor(run, tmp_path):
     assert "page size" in out
 
 
+def test_doctor_of_odd_machines(run, tmp_path, monkeypatch):
+    """Tools that print what is no text, or do not run; no compiled module, or one that does not load."""
+    tools = {"nvcc": b"#!/bin/sh\nprintf 'release \\377'", "nvidia-smi": b"no program"}
+    for name, script in tools.items():
+        (tmp_path / name).write_bytes(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no-such-package"))
+    for error, note in (
+        (ModuleNotFoundError("x"), "pure Python"),
+        (ImportError("libx"), "does not load: libx"),
+    ):
+
+        def fails(name, error=error):
+            raise error
+
+        monkeypatch.setattr(doctor, "import_module", fails)
+        code, out, _ = run("doctor", "--json")
+        found = json.loads(out)
+        assert code == 0 and not found["fastckpt"]["compiled"] and note in found["fastckpt"]["note"]
+        assert found["python"]["numpy"] and found["python"]["no-such-package"] is None
+        assert found["cuda"]["toolkit"].startswith("release") and "did not run" in found["cuda"]["gpus"][0]
+
+
 def in_this_process(command: list[str]) -> tuple[int, str]:
     with redirect_stdout(io.StringIO()) as out:
         code = cli.main(command)
@@ -440,9 +464,14 @@ def test_demo(run, tmp_path, monkeypatch):
     assert out.splitlines()[-1].startswith("all equal: ")
     assert out.count("[exit 0, ") == 9
     assert left(tmp_path / "kept") == ["checkpoint", "hf", "vllm", "whole"]
-    code, _, err = run("demo", "--keep", tmp_path / "kept")
-    assert code == 4
-    assert "not empty" in err
+    (tmp_path / "file").write_text("")
+    for keep, said in (
+        ("kept", "not empty"),
+        ("file", "file: File exists"),
+        ("file/x", "file/x: Not a directory"),
+    ):
+        code, _, err = run("demo", "--keep", tmp_path / keep)
+        assert code == 4 and said in err
 
 
 @pytest.mark.parametrize("victim", ["whole/model.safetensors", "vllm/model-rank-2-part-0.safetensors"])

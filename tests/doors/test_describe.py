@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 
 import fastckpt
+import numpy as np
 import pytest
 import torch
 from fastckpt.doors.plan_description import describe_plan, ranges
@@ -265,6 +266,22 @@ def test_integers_are_exact(tmp_path):
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     a, b = torch.tensor([low, 2**60, 5]), torch.tensor([high, 2**60 + 1, 5])
     assert differences(tmp_path, a, b) == (float(2**64 - 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "apart"),
+    [
+        ("complex32", [0x3C00, 0x4000, 0, 0], [0x3C00, 0x4000, 0x4200, 0x4400], 5.0),  # 1 + 2i, 0; 3 + 4i
+        ("float8_e8m0fnu", [0x7F7F], [0x7F82], 3.0),  # no value that numpy has: the codes
+    ],
+)
+def test_types_that_numpy_does_not_have(dtype, a, b, apart):
+    a, b = (
+        fastckpt.open({"x": torch.from_numpy(np.array(x, np.uint16)).view(getattr(torch, dtype))})
+        for x in (a, b)
+    )
+    (unequal,) = fastckpt.diff(a, b).unequal
+    assert (unequal.max_abs, unequal.differing) == (apart, 1) and fastckpt.diff(a, a).equal
 
 
 def test_bools(tmp_path):

@@ -108,6 +108,7 @@ WILD = [
         ("max_error", math.inf),
         ("rms_error", 10**400),
         ("bytes", math.nan),
+        ("bytes", None),
     )
 ]
 
@@ -117,6 +118,13 @@ def test_broken_figures_are_refused(tmp_path, told):
     (tmp_path / "quantisation-rank-0.json").write_text(told)
     with pytest.raises(SourceError, match="quantisation-rank-0"):
         losses.read(str(tmp_path))
+
+
+def test_figures_that_there_are_none_of(tmp_path):
+    """Nothing was lost, or all was: no ratio has a value."""
+    (tmp_path / "quantisation-rank-0.json").write_text(json.dumps({"a": FIGURES | {"snr_db": None}}))
+    (one,) = losses.read(str(tmp_path))
+    assert one.snr_db is None and one.noise == 0.0
 
 
 def test_a_checkpoint_without_figures_tells_none(tmp_path):

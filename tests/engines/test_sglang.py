@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 from engines import served_models, sglang_stub
+from fastckpt.engines.asked import Asked
 from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from safetensors.torch import load_file
@@ -42,6 +43,12 @@ def loaded(hub, monkeypatch):
         return made.load_model(model_config=model_config, device_config=SimpleNamespace(device="cpu"))
 
     return load
+
+
+@pytest.mark.parametrize("given", [["tag"], {"tags": "x"}, {"tag": 3}, None])
+def test_what_is_no_extra_config(given):
+    with pytest.raises(LayoutError, match="model_loader_extra_config: "):
+        Asked.of(given)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

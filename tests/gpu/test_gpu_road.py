@@ -183,35 +183,44 @@ def test_digests_are_those_of_the_manifest(tmp_path: Path) -> None:
     assert isinstance(wanted, fastckpt.Report) and digests({"norm": made["norm"]}) == dict(wanted.digests)
 
 
-def test_a_small_plan_pins_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many cores the machine has."""
-    real, pinned = torch.empty, []
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each pinned tensor that is made."""
+    real, found = torch.empty, []
 
     def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        pinned.extend(shape if pin_memory else ())
+        found.extend(shape if pin_memory else ())
         return real(*shape, pin_memory=pin_memory, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
+    return found
+
+
+def test_a_small_plan_pins_no_more_than_it_uses(pinned: list[int]) -> None:
+    """However many cores the machine has."""
     got = fastckpt.reshard({"w": torch.arange(10)}, rank=0, layout="same", device="cuda", threads=64)
     assert len(pinned) == 1 and torch.equal(got["w"].cpu(), torch.arange(10))
 
 
 @pytest.mark.parametrize(("memory", "sent"), [(None, gpu_transfer.SENT), (96 << 20, 1 << 20)])
-def test_many_threads_send_as_much_at_once(
-    memory: int | None, sent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_threads_send_as_much_at_once(memory: int | None, sent: int, pinned: list[int]) -> None:
     """Python starts one batch at a time, however many workers wait for theirs."""
-    real, pinned = torch.empty, []
-
-    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        pinned.extend(shape if pin_memory else ())
-        return real(*shape, pin_memory=pin_memory, **options)
-
-    monkeypatch.setattr(torch, "empty", empty)
     held = {"w": torch.randn(6 << 20)}
     options = {"rank": 0, "layout": "same", "dtype": "bfloat16", "threads": 64, "memory": memory}
     got = fastckpt.reshard(held, device="cuda", **options)
     assert set(pinned) == {sent}
+    compare([got], [fastckpt.reshard(held, **options)])
+
+
+def test_a_large_machine_pins_no_more_than_a_bus_takes(
+    pinned: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_transfer, "SENT", 1 << 20)
+    monkeypatch.setitem(gpu_transfer.MOST_WORKERS, "cpu", 2)
+    held = {"w": torch.randn(6 << 20)}
+    options = {"rank": 0, "layout": "same", "dtype": "bfloat16", "threads": 64}
+    got = fastckpt.reshard(held, device="cuda", **options)
+    assert pinned == [1 << 20] * len(pinned) and len(pinned) <= 2 * 2
     compare([got], [fastckpt.reshard(held, **options)])
 
 

@@ -354,6 +354,11 @@ def test_a_tensor_that_is_in_no_file(served):
     assert "more of rank 1 is in fastckpt.json and in no file" in spoiled(served, empty)
 
 
+def test_a_tensor_that_the_record_does_not_name(served):
+    said = spoiled(served, lambda r: r["ranks"][1]["tensors"].pop("model.norm.weight"))
+    assert "holds model.norm.weight, which fastckpt.json does not name there" in said
+
+
 @pytest.mark.parametrize("other", [{"shape": [1, 64]}, {"dtype": "int32"}])
 def test_a_shard_that_is_not_what_the_record_says(served, other):
     message = spoiled(served, lambda r: r["ranks"][1]["tensors"]["model.norm.weight"].update(other))

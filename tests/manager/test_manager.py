@@ -27,6 +27,9 @@ from fastckpt.manager.metadata import JsonMetadata
 from fastckpt.manager.reporting import CheckpointWarning
 from fastckpt.manager.saving import Disk
 from fastckpt.output import syscalls
+from fastckpt.output.manifest import Origin, Record
+from fastckpt.output.writer import Output
+from fastckpt.sources.training import LAYOUT
 from fastckpt.verification.outputs import verify
 from safetensors.torch import load_file
 
@@ -261,6 +264,26 @@ def test_templates_that_cannot_hold_what_was_saved(tmp_path: Path, into: torch.T
             assert not other.any()
 
 
+def test_an_optimizer_with_a_state_dict_of_its_own(tmp_path: Path) -> None:
+    """Its groups are its own matter."""
+
+    class Counting(torch.optim.SGD):
+        steps = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state_dict: Any) -> None:
+            self.steps = state_dict["steps"]
+
+    one, two = (Counting([torch.nn.Parameter(torch.ones(1))]) for _ in range(2))
+    one.steps = 3
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"o": one})
+        manager.restore(template={"o": two})
+    assert two.steps == 3
+
+
 def test_an_optimizer_of_other_groups_changes_nothing(tmp_path: Path, trained: Trained, same: Same) -> None:
     with CheckpointManager(tmp_path) as manager:
         manager.save(0, trained(1))
@@ -411,6 +434,28 @@ def test_no_room_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(WriteError, match="needs 4096 bytes, the file system has 512 free"):
             manager.save(0, {"x": torch.ones(1024)})
     assert not written
+
+
+def test_a_record_of_something_else(tmp_path: Path) -> None:
+    """Under a step's name: another step, a part of a set, an output for servers."""
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, {"x": torch.ones(2)})
+        (tmp_path / "step-00000000").rename(tmp_path / "step-00000007")
+        for name, world in (("step-00000001", 2), ("step-00000002", 1)):
+            shutil.rmtree(tmp_path / name)
+            with Output(tmp_path / name, key="k", rank=0, world=world) as out:
+                layout = LAYOUT if world == 2 else "hf"
+                made = out.commit(Record(Origin("", layout), "0", layout, {}))
+            (tmp_path / name / "fastckpt.json").write_bytes(b"".join(made.text()))
+        assert manager.steps() == []
+        for step, said in (
+            (7, "step-00000007: its record is of step 0"),
+            (1, "step-00000001: 1 of 2 ranks are in its record"),
+            (2, "step-00000002: is no commit, but an output of layout hf"),
+        ):
+            with pytest.raises(SourceError, match=said):
+                manager.names(step)
 
 
 def test_a_commit_that_a_disk_lost_before_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -599,7 +644,15 @@ def test_options_that_lack_their_other_half(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(ManagerError, match="RANK=3, WORLD_SIZE=None in the environment"):
         CheckpointManager(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ManagerError, match="rank 3 of 3: wanted a rank from 0 on and below the world"):
+        CheckpointManager(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.world == 1
     monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(ManagerError, match="by which metric"):
             manager.best()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fastckpt.errors import ManagerError
-from fastckpt.manager.state_tree import Builder, flatten, merged
+from fastckpt.manager.state_tree import Builder, fill, flatten, merged
 from fastckpt.manager.template_check import check
 from fastckpt.sources.training import names_in, parts_of
 from hypothesis import given, settings
@@ -165,6 +165,11 @@ def test_templates_that_do_not_fit(template: object, said: str) -> None:
 def test_a_kind_of_value_from_a_newer_version() -> None:
     with pytest.raises(ManagerError, match="no kind of value 'fraction' here; was it written by a newer"):
         Builder({}).build({"dict": [["x", {"fraction": [1, 2]}]]})
+
+
+def test_nothing_is_spread_by_filling() -> None:
+    with pytest.raises(ManagerError, match=r"restore: read shape \(3,\), wanted \(2, 3\)"):
+        fill(torch.zeros(2, 3), torch.zeros(3))
 
 
 def test_objects_of_ranks() -> None:

@@ -106,6 +106,14 @@ def test_safetensors_keep_order(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
 
 
+def test_a_header_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = safetensors_layout("x", [("a", BY_NAME["float32"], ())], {})
+    monkeypatch.setattr(files, "_MAX_HEADER", layout.slots[0].offset - 8)
+    assert safetensors_layout("x", [("a", BY_NAME["float32"], ())], {}).nbytes == layout.nbytes
+    with pytest.raises(WriteError, match=r"x: a header of \d+ bytes; safetensors reads at most \d+; cut it"):
+        safetensors_layout("x", [("a", BY_NAME["float32"], ()), ("b", BY_NAME["float32"], ())], {})
+
+
 def test_safetensors_refuses() -> None:
     f32, c128 = BY_NAME["float32"], BY_NAME["complex128"]
     with pytest.raises(WriteError, match="complex128"):
@@ -226,7 +234,8 @@ def test_torch_file_names_its_root_as_torch(tmp_path: Path, name: str) -> None:
 def test_torch_file_of_a_training_checkpoint(tmp_path: Path) -> None:
     values = {
         "step": 3, "list": [1, 2.5, None, True, False, "é", {}], "empty": [], "one": [1],
-        "big": [-1, -128, -129, -(2**31), -(2**31) - 1, -(2**40), 2**31, 2**63, 2**100, 255, 256, 1 << 16],
+        "big": [-1, -128, -129, -(2**31), -(2**31) - 1, -(2**40), 2**31, 2**63, 2**100],
+        "trimmed": [-(2**39), -(2**63), 255, 256, 1 << 16],
         "thousand": list(range(1000)), "more": list(range(1001)), "keys": {str(k): k for k in range(1000)},
         "deep": {"a": {"b": [{"c": -0.0}]}},
     }  # fmt: skip
@@ -296,6 +305,11 @@ def test_torch_file_refuses() -> None:
         torch_layout("x.bin", [], {}, Wrap("module", {"x": {1, 2}}))  # type: ignore[dict-item]
     with pytest.raises(WriteError, match="no CRC32 given for a"):
         torch_layout("x.bin", [("a", f32, ())]).closing({})
+    with pytest.raises(
+        WriteError, match=r"x\.bin: client state holds an integer of 256 bytes, wanted at most 255"
+    ):
+        torch_layout("x.bin", [], {}, Wrap("module", {"x": [1 << 2040]}))
+    torch_layout("x.bin", [], {}, Wrap("module", {"x": [(1 << 2039) - 1, -(1 << 2039)]}))
     nested: list[object] = []
     for _ in range(5000):
         nested = [nested]

@@ -13,6 +13,7 @@ import pytest
 from fastckpt.digest import digest
 from fastckpt.dtypes import BY_NAME
 from fastckpt.errors import SourceError, WriteError
+from fastckpt.output import manifest
 from fastckpt.output.manifest import FileEntry, Manifest, Origin, Record, Shard, TensorEntry, merged, rank_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,20 @@ def test_comes_back(tmp_path: Path) -> None:
         (tmp_path / "fastckpt.json").write_bytes(b"".join(m.text()))
         assert Manifest.read(tmp_path) == Manifest.read(tmp_path / "fastckpt.json") == m
         assert json.loads(b"".join(m.text()))["schema"] == 1
+
+
+def test_a_record_of_very_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written in pieces, and one larger than any that is read is refused."""
+    m, entry = example(), example().shards[0].tensors["scalar"]
+    many = {f"t{k}": replace(entry, offset=2 * k) for k in range(10_000)}
+    shard = replace(m.shards[0], files={entry.file: FileEntry(20_000, D)}, tensors=many, aliases={})
+    m = replace(m, shards=(shard,))
+    pieces = list(m.text())
+    (tmp_path / "m.json").write_bytes(b"".join(pieces))
+    assert len(pieces) > 1 and Manifest.read(tmp_path / "m.json") == m
+    monkeypatch.setattr(manifest, "_MAX_BYTES", sum(map(len, pieces)) - 1)
+    with pytest.raises(SourceError, match=r"m\.json: a manifest has at most \d+ bytes"):
+        Manifest.read(tmp_path / "m.json")
 
 
 def test_a_small_record_takes_little_memory(tmp_path: Path) -> None:

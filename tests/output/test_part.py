@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fastckpt.errors import WriteError
 from fastckpt.output.manifest import Manifest
+from fastckpt.output.part import Part
 from fastckpt.output.writer import Output
 from fastckpt.verification.outputs import verify
 from outputs import (
@@ -116,6 +117,39 @@ def test_overwriting_a_set_by_ranks(tmp_path: Path) -> None:
         assert verify(tmp_path / "out").problems == () and Manifest.read(tmp_path / "out").key == f"key{seed}"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json", "fastckpt-rank-0.json", "fastckpt.json", "rank-00"]  # fmt: skip
+
+
+def test_a_record_that_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank of this set replaces it: the place is no other plan's."""
+    write_part(tmp_path / "out", 0, 1)
+    read = Part._read
+
+    def late(self: Part, name: str) -> Manifest | None:
+        if self.rank == 1 and name == "fastckpt-rank-0.json":
+            monkeypatch.undo()
+            (tmp_path / "out" / name).unlink()
+        return read(self, name)
+
+    monkeypatch.setattr(Part, "_read", late)
+    assert not write_part(tmp_path / "out", 1, 1).complete
+    assert write_part(tmp_path / "out", 0, 1).complete and verify(tmp_path / "out").ok
+
+
+def test_overwriting_a_damaged_set(tmp_path: Path) -> None:
+    """Nothing says which files were its own: those that may pass for weights are told by verify."""
+    write_whole(tmp_path / "out", 1, world=3)
+    (tmp_path / "out/fastckpt.json").write_bytes(b"{")
+    with pytest.raises(
+        WriteError, match=r"fastckpt\.json is of another plan \(unreadable, this one is key2\)"
+    ):
+        write_part(tmp_path / "out", 0, 2)
+    for rank in range(2):
+        write_part(tmp_path / "out", rank, 2, overwrite=True)
+    assert Manifest.read(tmp_path / "out").key == "key2" and not list(tmp_path.glob("out/.*"))
+    assert verify(tmp_path / "out").problems == tuple(
+        f"rank-02/{name}: not in the manifest, a loader may take it for weights"
+        for name in ("model.safetensors", "rest.bin")
+    )
 
 
 def test_the_old_set_stays_whole_until_the_first_rank_commits(tmp_path: Path) -> None:

@@ -108,6 +108,13 @@ def test_short_writes_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert verify(tmp_path / "out").problems == ()
 
 
+def test_a_file_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
+    with pytest.raises(WriteError, match=r"out/rank-00/model\.safetensors.*: the file takes no more bytes"):
+        write_whole(tmp_path / "out", 1)
+    assert listing(tmp_path) == []
+
+
 def test_copies(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"x" * (2 << 20) + b"y")
     with Output(tmp_path / "out", key="k") as out:
@@ -167,8 +174,15 @@ def test_refuses_a_directory_in_use(tmp_path: Path) -> None:
         write_whole(out, 2)
     (tmp_path / "file").write_bytes(b"x")
     for rank in (None, 0):
-        with pytest.raises(WriteError, match="no directory"), Output(tmp_path / "file", key="k", rank=rank):
-            pass
+        for below, said in (("", "exists and is no directory"), ("/out", "file(/out)?: Not a directory")):
+            place = f"{tmp_path}/file{below}"
+            with pytest.raises(WriteError, match=said), Output(place, key="k", rank=rank):
+                pass
+        with (
+            pytest.raises(WriteError, match=r"/proc/out.*: No such file"),
+            Output("/proc/out/x", key="k", rank=rank),
+        ):
+            pass  # as where every directory that is made is gone at once
     (tmp_path / "file").unlink()
     with pytest.raises(WriteError, match="mount point"), Output("/", key="k"):
         pass
@@ -527,7 +541,7 @@ def test_who_ignores_signals_is_left_alone(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_leftovers_of_dead_runs_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_dead_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Output(tmp_path / "out", key="k") as out:
         (mine,) = listing(tmp_path)
         host = mine.removeprefix(".out.fastckpt-").rsplit("-", 2)[0]
@@ -541,6 +555,12 @@ def test_leftovers_of_dead_runs_are_removed(tmp_path: Path) -> None:
         ]
         for path in (stale, *kept):
             path.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError())
+            )  # it lives, another user's
+            with Output(tmp_path / "out", key="k"):
+                assert stale.exists()
         with Output(tmp_path / "out", key="k"):
             assert not stale.exists() and all(path.exists() for path in kept)
         assert out.path and (tmp_path / mine).exists()

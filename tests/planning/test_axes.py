@@ -7,10 +7,11 @@ import numpy as np
 from dull_rows import UNWRITTEN, interpret
 from fastckpt import dtypes
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.planning.axes import coalesce, upright
+from fastckpt.planning.axes import clip, coalesce, upright
 from fastckpt.planning.batches import Slots, cut
 from fastckpt.planning.binding import Binding
 from fastckpt.planning.compiling import compile
+from fastckpt.planning.copies import COPY
 from fastckpt.stored import strided
 from fastckpt.target import Target
 from fastckpt.views import cat
@@ -25,6 +26,17 @@ def test_coalesce_joins_what_is_one_stride_on_both_sides():
     assert shape.tolist() == [[1, 1, 1, 24], [1, 1, 2, 12], [1, 1, 1, 1]]
     assert s[0].tolist() == [0, 0, 0, 1] and s[1].tolist() == [0, 0, 12, 1] and s[2].tolist() == [0, 0, 0, 0]
     assert d[1].tolist() == [0, 0, 24, 1]
+
+
+def test_nothing_lies_in_a_gap():
+    """Of every other element: no part of the row in what lies between, or of no row."""
+    rows = np.zeros(1, COPY)
+    rows["shape"], rows["dst_stride"] = (1, 1, 1, 4), (0, 0, 0, 16)
+    rows["src_dtype"] = rows["dst_dtype"] = dtypes.int64.code
+    for low, high, shapes in ((0, 24, [[1, 1, 1, 2]]), (8, 16, []), (56, 99, []), (40, 64, [[1, 1, 1, 1]])):
+        got, came = clip(rows, np.array([low]), np.array([high]))
+        assert got["shape"].tolist() == shapes and came.tolist() == [0] * len(shapes)
+    assert [len(x) for x in clip(rows[:0], *np.zeros((2, 0), np.int64))] == [0, 0]
 
 
 def matrices(rng):

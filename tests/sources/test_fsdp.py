@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -302,8 +303,41 @@ def test_records_that_are_not_read():
     ):
         with pytest.raises(SourceError, match=why):
             part_of(dtensor_tree(**changes))
+    for (changed, func), why in (
+        (({"_local_tensor": 3}, None), "a DTensor's part is int"),
+        (
+            ({}, Inert("torch._utils._rebuild_tensor_v2")),
+            "DTensor made by torch._utils._rebuild_tensor_v2 is",
+        ),
+    ):
+        whole = dtensor_tree()
+        made, kind, args, (_, state) = whole.args
+        with pytest.raises(SourceError, match=why):
+            part_of(replace(whole, args=(func or made, kind, args, (None, state | changed))))
     assert part_of(Inert("torch._tensor._rebuild_from_type_v2", ())) is None
     assert part_of(3) is None
+
+
+def sharded_tree(kind="_shard.sharded_tensor.api.ShardedTensor", tensor=None, **record):
+    said = {"shard_offsets": [0, 0], "shard_sizes": [2, 2]} | record
+    metadata = Inert("torch.distributed._shard.metadata.ShardMetadata", state=said)
+    shard = {"tensor": held((2, 2)) if tensor is None else tensor, "metadata": metadata}
+    shards = [Inert("torch.distributed._shard.sharded_tensor.shard.Shard", state=shard)]
+    kind, func = Inert(f"torch.distributed.{kind}"), Inert("torch._utils._rebuild_wrapper_subclass")
+    return Inert("torch._tensor._rebuild_from_type_v2", (func, kind, (kind, float32, (4, 2)), (shards,)))
+
+
+def test_sharded_tensors_that_are_not_read():
+    part = part_of(sharded_tree())
+    assert isinstance(part, Boxed) and (part.shape, part.boxes[0][0]) == ((4, 2), (0, 0))
+    for changes, why in (
+        ({"kind": "nn.Other"}, "a tensor of torch.distributed.nn.Other is not read"),
+        ({"tensor": 3}, "part is int"),
+        ({"shard_sizes": [2, 1]}, r"part has \[2, 2\], its record says \[2, 1\] at \[0, 0\] of \[4, 2\]"),
+        ({"shard_offsets": [0]}, r"part has \[2, 2\], its record says \[2, 2\] at \[0\] of \[4, 2\]"),
+    ):
+        with pytest.raises(SourceError, match=why):
+            part_of(sharded_tree(**changes))
 
 
 def test_files_that_do_not_fit(case, tmp_path):

@@ -63,6 +63,8 @@ def test_against_a_record_no_weight_is_read(tmp_path: Path) -> None:
     assert len(checked(made, out, rank=0)) == 2
     with pytest.raises(LayoutError, match="which of the 2 ranks"):
         fastckpt.verify_tensors(made, out)
+    with pytest.raises(LayoutError, match="which of the 2 ranks"):
+        fastckpt.verify_tensors(made, weights(), 2, layout="hf", tp_plan=PLAN)
     with pytest.raises(LayoutError, match="no rank 7"):
         fastckpt.verify_tensors(made, out, rank=7)
 

@@ -164,6 +164,35 @@ def test_a_file_that_cannot_be_read_is_one_problem(out: Path, how: str) -> None:
         assert any("not a regular file" in p for p in verify(out, plain=True).problems)
 
 
+@pytest.mark.parametrize("what", ["header", "tensor"])
+def test_a_disk_that_fails(out: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """What is read elsewhere is checked all the same."""
+    preadv, start = os.preadv, 1 << 20
+
+    def bad(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("r1.safetensors") and (offset == 0) == (
+            what == "header"
+        ):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    data = bytearray((out / "r0.safetensors").read_bytes())
+    data[start] ^= 1
+    (out / "r0.safetensors").write_bytes(data)
+    monkeypatch.setattr(os, "preadv", bad)
+    differs = "r0.safetensors: big: its bytes differ from the manifest's digest"
+    bad_tensors = [f"r1.safetensors: {name}: Input/output error" for name in ("row", "big")]
+    want = ["r1.safetensors: Input/output error", differs] if what == "header" else [differs, *bad_tensors]
+    assert list(verify(out).problems) == want
+
+
+def test_many_problems_are_counted(tmp_path: Path) -> None:
+    for k in range(1003):
+        (tmp_path / f"{k:04}.safetensors").write_bytes(b"")
+    problems = verify(tmp_path, plain=True).problems
+    assert len(problems) == 1001 and problems[-1] == "and 3 more"
+
+
 def test_a_directory_that_may_not_be_listed_is_a_problem(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (out / "closed").mkdir()
     scandir = os.scandir

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from .. import dtypes, sources
-from ..checkpoint import Checkpoint, Entry, Single
+from ..checkpoint import JSON, Checkpoint, Entry, Single
 from ..digest import values_digest
 from ..dtypes import DType
 from ..errors import SourceError, near
@@ -100,8 +100,8 @@ class Adapter:
         )
 
 
-def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
-    """The adapter in `directory` and the base in `ckpt`, under the base's own names.
+def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs, config: Mapping[str, JSON]) -> Adapter:
+    """The adapter in `directory` and the base in `ckpt`, under the base's own names; `config`: the base's.
 
     Where the directory holds a config and no weights, `ckpt` is a checkpoint of the adapted model, which
     holds both. Raises SourceError."""
@@ -113,7 +113,7 @@ def fit(ckpt: Checkpoint, directory: str, saved_as: SavedAs) -> Adapter:
     base = _base(ckpt, own, saved)
     pairs, stacks = placed(settings, thin, base, saved_as, tensors.path)
     adapter = Adapter(settings, base, tensors, pairs, stacks, saved)
-    _check(adapter)
+    _check(adapter, with_decoder(config))
     return adapter
 
 
@@ -288,14 +288,14 @@ def _parted(tensors: Checkpoint) -> tuple[dict[str, Pair], dict[str, Saved]]:
     return pairs, saved
 
 
-def _check(adapter: Adapter) -> None:
+def _check(adapter: Adapter, config: Mapping[str, JSON]) -> None:
     """Raises SourceError where the adapter does not fit its base."""
     base, where = adapter.base, adapter.tensors.path
     if not adapter.changed:
         raise SourceError(f"{where}: holds no tensor of an adapter")
     tied = {*base.aliases, *base.aliases.values()}
     for name in adapter.changed:
-        if name in tied or _may_be_tied(adapter, name):
+        if name in tied or _may_be_tied(adapter, name, config):
             raise SourceError(
                 f"{where}: {name} is tied to another tensor, which would have to change with it; a base that "
                 "has both, with tie_word_embeddings false, has a place for it"
@@ -313,10 +313,9 @@ def _check(adapter: Adapter) -> None:
                 raise SourceError(f"{where}: {name}: {role} is {entry.dtype}, wanted {kinds}")
 
 
-def _may_be_tied(adapter: Adapter, name: str) -> bool:
+def _may_be_tied(adapter: Adapter, name: str, config: Mapping[str, JSON]) -> bool:
     """Whether a tensor is embedding and output matrix in one, as far as the base's config and names tell."""
     base, saved = adapter.base, adapter.saved.get(name)
-    config = with_decoder(base.config or {})
     changed = base.entries.get(name) if saved is None else saved.entry
     if changed is None or len(changed.shape) != 2 or changed.shape[0] != config.get("vocab_size"):
         return False

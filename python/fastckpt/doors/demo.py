@@ -256,7 +256,7 @@ def _read(folder: str, prefix: str = "") -> dict[str, bytes]:
 
 # ---- torch files ----
 
-Value = None | int | str | Sequence["Value"] | Mapping[str, "Value"] | Floats
+Value = int | str | Sequence["Value"] | Mapping[str, "Value"] | Floats
 
 
 def _save(path: str, tree: Mapping[str, Value]) -> None:
@@ -273,9 +273,7 @@ def _save(path: str, tree: Mapping[str, Value]) -> None:
 
 def _pickled(value: Value, storages: list[Floats]) -> Iterator[bytes]:
     """The opcodes of protocol 2 that build `value` (pickletools names them); arrays join `storages`."""
-    if value is None:
-        yield b"N"
-    elif isinstance(value, int):
+    if isinstance(value, int):
         yield b"J" + struct.pack("<i", value)
     elif isinstance(value, str):
         yield b"X" + struct.pack("<I", len(value.encode())) + value.encode()

@@ -162,7 +162,9 @@ def _file_system(path: str) -> str | None:
 def _output(*command: str) -> list[str]:
     """The lines a command prints, at least one: that it did not run, where it did not."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=20, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as e:
         return [f"did not run: {e}"]
     lines = [x.strip() for x in (done.stdout or done.stderr).splitlines() if x.strip()]

@@ -377,9 +377,7 @@ def _objects(d: Mapping[str, JSON], key: str) -> Iterable[tuple[str, dict[str, J
         yield name, _get(all_of, name, dict)
 
 
-def _parsed(body: JSON) -> Manifest:
-    if not isinstance(body, dict):
-        raise SourceError("a manifest is a JSON object")
+def _parsed(body: Mapping[str, JSON]) -> Manifest:
     schema = _get(body, "schema", int)
     if schema != SCHEMA:
         raise SourceError(f"schema {schema}; this version reads {SCHEMA}")

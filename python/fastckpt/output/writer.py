@@ -119,8 +119,6 @@ class Output:
         durable: bool = True,
         keep: Iterable[str] = (),
     ) -> None:
-        if rank is not None and not 0 <= rank < world:
-            raise WriteError(f"rank {rank} is outside the {world} ranks of the set")
         expect("durable", durable, bool)
         expect("overwrite", overwrite, bool)
         if not os.fspath(path) or "\0" in os.fspath(path):

@@ -84,8 +84,6 @@ def clip(rows: Table, low: Ints, high: Ints) -> tuple[Table, Ints]:
     done: list[Table] = []
     came: list[Ints] = []
     for axis in range(AXES):
-        if not len(rows):
-            break
         shape, strides = rows["shape"].astype(np.int64), rows["dst_stride"]
         step = np.maximum(strides[:, axis], 1)
         width = ((shape[:, axis + 1 :] - 1) * strides[:, axis + 1 :]).sum(axis=1)

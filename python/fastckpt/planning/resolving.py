@@ -25,7 +25,7 @@ from ..model import Model, Sizes
 from ..placement import Placement
 from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion
-from ..quantisation.schemes import SCHEMES, Quant
+from ..quantisation.schemes import SCHEMES, Quant, said_of
 from ..recipes import strangers
 from ..target import Target
 from . import configs
@@ -75,8 +75,8 @@ def resolve(ckpt: Checkpoint, request: Request, *, to_files: bool) -> Resolved:
     if request.adapter is not None:
         from ..computed import adapters
 
-        saved_as = partial(recipes.saved_as, config or ckpt.config or {})
-        adapter = adapters.fit(ckpt, os.fspath(request.adapter), saved_as)
+        told = config or ckpt.config or {}
+        adapter = adapters.fit(ckpt, os.fspath(request.adapter), partial(recipes.saved_as, told), told)
         ckpt = _adapted(adapter, layout, request, dtype)
     if dtype is not None:
         quantised_sources.require_as_stored(ckpt, dtype, scales=not layout.roles)
@@ -318,7 +318,7 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
     """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
     if request.only is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-    if config is not None and "quantization_config" in config:
+    if config is not None and said_of(config) is not None:
         raise LayoutError(
             f"quant {quant.scheme.name}: the config says that the source is quantised already"
             f"{quantised_sources.instead(config)}"

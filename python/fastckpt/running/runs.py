@@ -171,8 +171,7 @@ class Run:
             way = gpu_transfer.way(planned, device, limits.threads)
         worker, close = gpu_transfer.sinks(way, planned.slots(), list(buffers), device, limits.band)
         try:
-            if way == "gpu":
-                limits = replace(limits, threads=min(limits.threads, gpu_transfer.MOST_WORKERS))
+            limits = replace(limits, threads=min(limits.threads, gpu_transfer.MOST_WORKERS[way]))
             self._copy(planned, worker, for_memory=way == "gpu", stage=gpu_transfer.SENT, limits=limits)
         finally:  # after an error too: what was sent is on its way into memory that is given up then
             close()

@@ -214,7 +214,10 @@ def _boxed(shape: Sizes, state: object) -> Boxed:
             raise SourceError(f"a ShardedTensor's part is {type_name(tensor)}")
         size = integers(where.get("shard_sizes"), "a ShardedTensor's part: its size")
         if size != tensor.shape or len(origin) != len(shape):
-            raise SourceError(f"a ShardedTensor's part has {list(tensor.shape)}, its record another shape")
+            raise SourceError(
+                f"a ShardedTensor's part has {list(tensor.shape)}, its record says {list(size)} at "
+                f"{list(origin)} of {list(shape)}"
+            )
         if tensor.numel:
             boxes.append((origin, tensor))
     return Boxed(shape, tuple(boxes))
