@@ -233,7 +233,7 @@ def _by_roles(
         ckpt,
         partial(layout.targets, model),
         layout.naming,
-        configs.text(config, request, resized, changed),
+        configs.text(config, request, resized, changed, older=name == "rtp_llm"),
         _tied(model, adapter, request),
         options,
         (*ckpt.notes, *_notes_of(model, name, resized)),
