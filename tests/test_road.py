@@ -691,6 +691,25 @@ def test_config_names_the_dtype_that_was_asked_for(tmp_path, layout, key):
         assert json.loads((out / "config.json").read_text()) == told
 
 
+def test_rtp_llm_finds_the_dtype_under_the_older_key(tmp_path):
+    """It reads that alone, and serves as float16 what names none."""
+    config, _ = zero(tmp_path / "in", "mixtral")
+    plain = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    for k, (told, dtype, wanted) in enumerate((
+        ({"dtype": "bfloat16"}, None, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"dtype": "float32"}, "bfloat16", {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, "bfloat16", {"torch_dtype": "bfloat16"}),
+        ({}, "bfloat16", {"torch_dtype": "bfloat16"}),
+        ({}, None, {}),
+    )):  # fmt: skip
+        (tmp_path / "in/config.json").write_text(json.dumps(plain | told))
+        for layout, says in (("rtp_llm", wanted), ("hf", {k: wanted[k] for k in told})):
+            out = tmp_path / f"{layout}{k}"
+            fastckpt.reshard(tmp_path / "in", layout=layout, dtype=dtype, out=out)
+            assert json.loads((out / "config.json").read_text()) == plain | says
+    assert fastckpt.open(tmp_path / "rtp_llm0").config["dtype"] == "bfloat16"
+
+
 def test_a_config_that_is_not_the_one_the_weights_were_cut_by_does_not_go_with_them(tmp_path):
     config, _ = zero(tmp_path / "in", "mixtral")
     beside = tmp_path / "in/config.json"

@@ -148,6 +148,9 @@ def test_a_last_group_may_be_short(inputs):
     state["c.qzeros"] = sum(zeros[:, k::8].int() << (4 * k) for k in range(8)).int()
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
     same(got, {"c.weight": want})
+    within = {"text_config": config, "model_type": "x"}  # as Kimi K2.5's hub says it
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=within)
+    same(got, {"c.weight": want})
 
 
 def test_recurrent_weights_and_scales_of_inputs():

@@ -16,7 +16,7 @@ from ..dtypes import DType, exact
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
 from ..quantisation.rounding import DENSE
-from ..quantisation.schemes import Packed, said_form
+from ..quantisation.schemes import Packed, said_form, said_of
 from ..quantisation.unrounding import per_element
 from ..views import View
 from .dequantised import Dequantised
@@ -39,8 +39,8 @@ def densified(
 
     `dtype`: of the dense matrices; None: the one the config names, else bfloat16. Raises SourceError where
     nothing is quantised, or something is in a way that is not read."""
-    dense_config = dict(config) if config is not None else None
-    quantization = dense_config.pop("quantization_config", None) if dense_config is not None else None
+    dense_config = None if config is None else _dense_config(config)
+    quantization = said_of(config or {})
     found = {p.name: p for p in _found(ckpt, quantization if isinstance(quantization, dict) else {})}
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
@@ -69,6 +69,14 @@ def densified(
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
     beside = tuple(f for f in ckpt.beside if os.path.basename(f.path) != MODELOPT)
     return replace(ckpt, entries=entries, extents=extents, config=dense_config, beside=beside), dense_config
+
+
+def _dense_config(config: Mapping[str, JSON]) -> dict[str, JSON]:
+    """A config that does not speak of quantised matrices, nor does its decoder's."""
+    dense = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(within := config.get("text_config"), dict):
+        dense["text_config"] = {key: value for key, value in within.items() if key != "quantization_config"}
+    return dense
 
 
 def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Callable[[], View]:
@@ -109,7 +117,7 @@ def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
 
 def instead(config: Mapping[str, JSON] | None) -> str:
     """What a message adds where a quantised source is in the way: how it is made dense, if it can be."""
-    quantization = (config or {}).get("quantization_config")
+    quantization = said_of(config or {})
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None or method in KNOWN:
         return '; quant="none" (--quant none) makes dense weights'

@@ -50,13 +50,21 @@ def text(
     request: Request,
     resized: Mapping[str, JSON] | None = None,
     changed: Mapping[str, JSON] | None = None,
+    *,
+    older: bool = False,
 ) -> bytes | None:
     """The config.json to write in place of the one beside the checkpoint, if another was asked for, if it
-    names another dtype than the floats get, if its decoder is `resized`, or if other keys are `changed`."""
+    names another dtype than the floats get, if its decoder is `resized`, or if other keys are `changed`.
+
+    `older`: what reads it knows the key of transformers 4 alone for the dtype."""
     if config is None:
         return None
     cast = dtype(config, request.dtype)
     typed = {} if cast is None else _typed(config, cast)
+    here, there = dtypes.CONFIG_KEYS
+    named = typed.get(here) or config.get(here) or (cast and cast.name)
+    if older and config.get(there) is None and named is not None:
+        typed[there] = named
     if not (request.config is not None or request.vocab_size or typed or resized or changed):
         return None
     told = {**config, **typed}

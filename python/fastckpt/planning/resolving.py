@@ -25,7 +25,7 @@ from ..model import Model, Sizes
 from ..placement import Placement
 from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion
-from ..quantisation.schemes import SCHEMES, Quant
+from ..quantisation.schemes import SCHEMES, Quant, said_of
 from ..recipes import strangers
 from ..target import Target
 from . import configs
@@ -233,7 +233,7 @@ def _by_roles(
         ckpt,
         partial(layout.targets, model),
         layout.naming,
-        configs.text(config, request, resized, changed),
+        configs.text(config, request, resized, changed, older=name == "rtp_llm"),
         _tied(model, adapter, request),
         options,
         (*ckpt.notes, *_notes_of(model, name, resized)),
@@ -318,7 +318,7 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
     """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
     if request.only is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-    if config is not None and "quantization_config" in config:
+    if config is not None and said_of(config) is not None:
         raise LayoutError(
             f"quant {quant.scheme.name}: the config says that the source is quantised already"
             f"{quantised_sources.instead(config)}"
