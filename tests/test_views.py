@@ -345,6 +345,13 @@ def test_cast_refuses_a_second_rounding() -> None:
     assert twice.dtype is dtypes.float16 and twice.stored.tolist() == [dtypes.bfloat16.code]
 
 
+def test_what_must_not_be_rounded_is_stored_in_one_dtype() -> None:
+    wide, narrow = floats(dtypes.float32), floats(dtypes.bfloat16)
+    assert wide.cast(dtypes.bfloat16).pad(0, 0, 1).as_stored().dtype is dtypes.float32
+    with pytest.raises(ViewError, match="what must not be rounded lies in 2 dtypes"):
+        cat([wide.cast(dtypes.bfloat16), narrow]).as_stored()
+
+
 @pytest.mark.parametrize("dtype", [dtypes.int64, dtypes.bool_, dtypes.uint8, dtypes.complex64])
 def test_cast_refuses_what_no_kernel_converts(dtype: dtypes.DType) -> None:
     data = np.zeros(64, np.uint8)

@@ -539,6 +539,9 @@ def test_tensors_that_do_not_fit(tmp_path):
         fastckpt.reshard(base, adapter=tmp_path / "empty")
     with pytest.raises(SourceError, match="is missing; adapters lie in adapter-1, adapter-10"):
         fastckpt.reshard(base, adapter=tmp_path)
+    (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps({"x": "y" * (1 << 20)}))
+    with pytest.raises(SourceError, match=r"adapter_config\.json: more than 1048576 bytes of JSON"):
+        fastckpt.reshard(base, adapter=tmp_path / "empty")
     with pytest.raises(SourceError, match="holds none either"):
         (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(settings()))
         fastckpt.reshard(base, adapter=tmp_path / "empty")
