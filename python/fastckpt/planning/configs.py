@@ -62,7 +62,7 @@ def text(
     cast = dtype(config, request.dtype)
     typed = {} if cast is None else _typed(config, cast)
     here, there = dtypes.CONFIG_KEYS
-    named = typed.get(here) or config.get(here) or (cast and cast.name)
+    named = typed.get(here) or config.get(here) or (cast.name if cast is not None else None)
     if older and config.get(there) is None and named is not None:
         typed[there] = named
     if not (request.config is not None or request.vocab_size or typed or resized or changed):
