@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint
 from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.layouts import layout as layout_of
 from layouts import families, tiny
 from peft_writer import PREFIX, settings, thin, write
 from safetensors.torch import load_file, save_file
@@ -267,6 +268,11 @@ def test_apart_each_rank_has_what_it_has_of_the_base(tmp_path):
             want[f"{PREFIX}{module}.lora_A.weight"] = a.chunk(2, 1)[rank] if rows else a
             want[f"{PREFIX}{module}.lora_B.weight"] = b if rows else b.chunk(2)[rank]
         equal(load_file(out / f"rank-{rank:02d}" / "adapter_model.safetensors"), want)
+    rows, width = tensors["lm_head.weight"].shape
+    head = write(tmp_path / "head", settings(), {"lm_head": (torch.ones(4, width), torch.ones(rows, 4))})
+    padded = layout_of("hf", {"pad": "true", "vocab_padding": "7"})
+    with pytest.raises(LayoutError, match=r"lm_head\.weight \(70, 64\) holds more than a part of lm_head"):
+        fastckpt.reshard(base, tp=3, adapter=head, apart=True, layout=padded)
     fastckpt.reshard(base, adapter=adapter, apart=True, out=tmp_path / "one", durable=False)
     equal(
         load_file(tmp_path / "one" / "adapter_model.safetensors"),

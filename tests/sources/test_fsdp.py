@@ -133,6 +133,11 @@ def test_the_directories_of_a_run(tmp_path, capsys):
     ):
         with pytest.raises(SourceError, match=why):
             fastckpt.open(path, tag=tag)
+    for path in (tmp_path / "global_step_20").glob("*/model_*"):
+        path.unlink()  # interrupted: its predecessor is not taken in its place
+    with pytest.raises(SourceError, match="global_step_20: no model_world_size_N_rank_R"):
+        fastckpt.open(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     assert cli.main(["inspect", str(tmp_path)]) == 0
     assert "fsdp" in capsys.readouterr().out
 
@@ -334,6 +339,7 @@ def test_sharded_tensors_that_are_not_read():
         ({"kind": "nn.Other"}, "a tensor of torch.distributed.nn.Other is not read"),
         ({"tensor": 3}, "part is int"),
         ({"shard_sizes": [2, 1]}, r"part has \[2, 2\], its record says \[2, 1\] at \[0, 0\] of \[4, 2\]"),
+        ({"tensor": held((2,)), "shard_sizes": [2]}, r"part has \[2\], its record says \[2\] at \[0, 0\] of"),
         ({"shard_offsets": [0]}, r"part has \[2, 2\], its record says \[2, 2\] at \[0\] of \[4, 2\]"),
     ):
         with pytest.raises(SourceError, match=why):

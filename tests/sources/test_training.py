@@ -170,6 +170,14 @@ def test_a_tied_name_with_a_tensor_of_its_own(tmp_path: Path) -> None:
         fastckpt.open(step)
 
 
+def test_several_engines(tmp_path: Path) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    tree = {"dict": [[name, {"engine": name}] for name in ("actor", "critic")]}
+    resigned(step, "rank-00000/state.json", lambda state: state.update(tree=tree))
+    with pytest.raises(SourceError, match="2 engines; open the directory of one of them"):
+        fastckpt.open(step)
+
+
 def test_ranks_states_that_are_not_theirs(tmp_path: Path) -> None:
     step = committed(tmp_path, lambda r: {"net": model(1)})
     name = "rank-00000/state.json"
