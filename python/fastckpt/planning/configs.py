@@ -50,21 +50,13 @@ def text(
     request: Request,
     resized: Mapping[str, JSON] | None = None,
     changed: Mapping[str, JSON] | None = None,
-    *,
-    older: bool = False,
 ) -> bytes | None:
     """The config.json to write in place of the one beside the checkpoint, if another was asked for, if it
-    names another dtype than the floats get, if its decoder is `resized`, or if other keys are `changed`.
-
-    `older`: what reads it knows the key of transformers 4 alone for the dtype."""
+    names another dtype than the floats get, if its decoder is `resized`, or if other keys are `changed`."""
     if config is None:
         return None
     cast = dtype(config, request.dtype)
     typed = {} if cast is None else _typed(config, cast)
-    here, there = dtypes.CONFIG_KEYS
-    named = typed.get(here) or config.get(here) or (cast.name if cast is not None else None)
-    if older and config.get(there) is None and named is not None:
-        typed[there] = named
     if not (request.config is not None or request.vocab_size or typed or resized or changed):
         return None
     told = {**config, **typed}
@@ -73,6 +65,22 @@ def text(
     told |= sized(told, resized or {})
     told |= changed or {}
     return (json.dumps(told, indent=2) + "\n").encode()
+
+
+def older(config: Mapping[str, JSON], cast: DType | None) -> dict[str, JSON]:
+    """What transformers 4 called what a config of transformers 5 says of dtype and rotary positions, where it
+    does not say that too; `cast`: what the floats become. A program that knows those keys alone takes its own
+    defaults for what they lack."""
+    here, there = dtypes.CONFIG_KEYS
+    told: dict[str, JSON] = {there: config.get(here) if cast is None else cast.name}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        alone = "rope_theta", "partial_rotary_factor"
+        told |= {key: rope.get(key) for key in alone}
+        scaling = {key: value for key, value in rope.items() if key not in alone}
+        told["rope_scaling"] = {**scaling, "type": kind} if kind != "default" else None
+    return {key: value for key, value in told.items() if value is not None and config.get(key) is None}
 
 
 def _typed(config: Mapping[str, JSON], cast: DType) -> dict[str, JSON]:

@@ -226,6 +226,8 @@ def _by_roles(
     options["config"] = values_digest(dict(config))
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
     changed = quantised_config.served_config(config, ckpt.entries) if engine else {}
+    if name == "rtp_llm":
+        changed = configs.older(config, dtype)
     if resized or changed:
         options["resized"] = {key: config.get(key) for key in (*configs.sized(config, resized), *changed)}
     resolved = Resolved(
@@ -233,7 +235,7 @@ def _by_roles(
         ckpt,
         partial(layout.targets, model),
         layout.naming,
-        configs.text(config, request, resized, changed, older=name == "rtp_llm"),
+        configs.text(config, request, resized, changed),
         _tied(model, adapter, request),
         options,
         (*ckpt.notes, *_notes_of(model, name, resized)),
