@@ -120,6 +120,8 @@ def test_an_output_of_one_rank(tmp_path):
     assert (ckpt.format, list(ckpt), dict(ckpt.aliases)) == ("served", ["a", "b"], {"c": "a"})
     assert (reading.read(ckpt["c"]) == reading.bits(TENSORS["a"])).all()
     assert ckpt.facts["made from"]["format"] == "memory"
+    with pytest.raises(SourceError, match="out: no tensor 'nope' among 2"):
+        ckpt["nope"]
     renamed = sources.open(path, rename=[("^", "x.")])
     assert (list(renamed), dict(renamed.aliases)) == (["x.a", "x.b"], {"x.c": "x.a"})
 
