@@ -686,3 +686,21 @@ def test_a_file_that_changes_is_refused(good: Path) -> None:
         f.write(b"x")
     with pytest.raises(SourceError, match="changed"):
         Reader(seen)
+
+
+def test_a_file_that_shrinks_while_it_is_read(good: Path) -> None:
+    from fastckpt.extents import File
+    from fastckpt.sources.samples import read_all
+    from fastckpt.sources.torchzip import Reader
+
+    with Reader(seen := File.at(good)) as reader:
+        with pytest.raises(SourceError, match="are outside a file of"):
+            reader.read_through(seen.nbytes - 3, 4)
+        os.truncate(good, 100)
+        with pytest.raises(SourceError, match=f"the file, of {seen.nbytes} bytes, now ends at 100"):
+            reader.read_through(90, 20)
+    with pytest.raises(SourceError, match="ends before byte 110"):
+        read_all(str(good), [(0, 4), (90, 20)])
+    good.unlink()
+    with pytest.raises(SourceError, match="No such file"):
+        read_all(str(good), [(0, 4)])
