@@ -59,6 +59,13 @@ def test_saving(when: policies.When, steps: list[int]) -> None:
     assert [s for s in range(7) if when(Moment(s, None, float(s)))] == steps
 
 
+@pytest.mark.parametrize("make", [policies.every_seconds, policies.spaced, policies.idle])
+@pytest.mark.parametrize("seconds", [-1, math.nan])
+def test_nonsense_seconds(make: object, seconds: float) -> None:
+    with pytest.raises(ManagerError, match=f": wanted seconds from 0 on, got {seconds}"):
+        make(seconds)  # type: ignore[operator]
+
+
 def test_a_managers_seconds() -> None:
     when = policies.when_asked(1, (), 5, None)
     assert [when(Moment(s, None, t)) for s, t in ((0, math.inf), (1, 4.0), (2, 5.0))] == [True, False, True]

@@ -181,6 +181,26 @@ def test_a_store_that_loses_what_was_carried(
         assert manager.save(1, state(1)) and manager.restore()["n"] == 1  # type: ignore[index]
 
 
+def test_commits_that_lie_in_the_scratch_directory_are_no_copies(tmp_path: Path, store: Any) -> None:
+    """A job that saved to this disk saves to a store from now on."""
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, state(step + 10))
+    (tmp_path / "step-00000001/fastckpt.json").write_bytes(b"{")  # nothing says whose it is
+    with CheckpointManager(URL, scratch=tmp_path) as manager:
+        for step in (2, 3):
+            manager.save(step, state(step))
+        assert manager.steps() == [2, 3] and manager.restore(2)["n"] == 2  # type: ignore[index]
+        manager.save(4, state(4))
+    found = sorted(e for e in os.listdir(tmp_path) if "step" in e)
+    (aside,) = [e for e in found if e.startswith(".aside-step-00000002-")]
+    assert found == [aside, "step-00000000", "step-00000001", "step-00000004"]
+    (tmp_path / "step-00000004").rename(tmp_path / "copy")
+    (tmp_path / aside).rename(tmp_path / "step-00000002")
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.restore()["n"] == 12  # type: ignore[index]
+
+
 def test_another_job_that_commits_the_same_step(
     tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,11 @@ class Store:
         self._lock = -1
         self._taken = (0, 0, 0)
 
+    @property
+    def place(self) -> str:
+        """Where the commits stand, as their records say it."""
+        return self.root
+
     # ---- names ----
 
     def name(self, step: int) -> str:

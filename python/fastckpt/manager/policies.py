@@ -50,6 +50,7 @@ def on_steps(steps: Collection[int]) -> When:
 
 def every_seconds(seconds: float) -> When:
     """When this long has passed since the last save."""
+    _seconds("save_seconds", seconds)
     return lambda m: m.seconds >= seconds
 
 
@@ -60,6 +61,7 @@ def first() -> When:
 
 def idle(seconds: float = 0.0) -> When:
     """As often as the disk can follow: when no save goes on and this long has passed since the last."""
+    _seconds("idle", seconds)
     return lambda m: not m.busy and m.seconds >= seconds
 
 
@@ -108,6 +110,7 @@ def these(steps: Collection[int]) -> Keep:
 def spaced(seconds: float) -> Keep:
     """Commits at least this far apart in time, from the oldest step on; a clock that was set back does not
     make them all too close."""
+    _seconds("keep_seconds", seconds)
 
     def keep(commits: Sequence[Commit]) -> set[int]:
         out: set[int] = set()
@@ -188,6 +191,12 @@ def ranking(metric: str, mode: str) -> Callable[[Sequence[Commit]], list[Commit]
 def _require_mode(mode: str) -> None:
     if mode not in ("min", "max"):
         raise ManagerError(f"mode {mode!r}: wanted min or max")
+
+
+def _seconds(what: str, n: float) -> None:
+    expect(what, n, int, float)
+    if not n >= 0:  # NaN is none: nothing would ever be saved, or kept
+        raise ManagerError(f"{what}: wanted seconds from 0 on, got {n}")
 
 
 def positive(what: str, n: int) -> None:

@@ -16,6 +16,7 @@ from ..digest import digest
 from ..errors import ManagerError, SourceError, WriteError, expect
 from ..output.filesystem import as_write_errors, remove_tree
 from ..output.manifest import NAME, Manifest
+from ..paths import is_file
 from ..planning.plancache import user_cache
 from ..verification.outputs import verify
 from .commits import ASIDE, LATEST, SAVING, TRASH, Commit, Store, require_whole
@@ -36,6 +37,11 @@ class RemoteStore(Store):
         self._far = FsspecDirectory(url)
         self._uploader = Uploader(self._far)
         self._spelled = re.compile(re.escape(prefix) + r"([0-9]+)/(.+)")
+
+    @property
+    def place(self) -> str:
+        """Where the commits stand, as their records say it."""
+        return self.url
 
     # ---- what stands there ----
 
@@ -125,10 +131,20 @@ class RemoteStore(Store):
 
     def _clear(self, step: int) -> None:
         """Give a step's name in the scratch directory free, where a copy has it. Raises OSError."""
+        if not self._is_copy(self.name(step)):
+            os.rename(self.path(step), self._away(ASIDE, step))
         old = self._away(TRASH, step)
         with suppress(FileNotFoundError):
             os.rename(self.path(step), old)
         remove_tree(old)
+
+    def _is_copy(self, entry: str) -> bool:
+        """Whether a directory of the scratch is no commit, or one of this URL: others are not ours to remove,
+        such as those of a job that saved to this disk before it saved to the store."""
+        record = os.path.join(self.root, entry, NAME)
+        with suppress(SourceError):
+            return not is_file(record) or Manifest.read(record).record.source.path == self.url
+        return False
 
     # ---- changes: the coordinator only ----
 
@@ -154,8 +170,8 @@ class RemoteStore(Store):
         if found is None or found.key != token:
             raise WriteError(f"{self.url}: step {step} is not what was just carried there")
         for entry in os.listdir(self.root):
-            if self._named.fullmatch(entry) and entry != self.name(step):
-                remove_tree(os.path.join(self.root, entry))  # only a copy
+            if self._named.fullmatch(entry) and entry != self.name(step) and self._is_copy(entry):
+                remove_tree(os.path.join(self.root, entry))
         self._hint(self.name(step))
 
     def remove(self, steps: Iterable[int]) -> None:

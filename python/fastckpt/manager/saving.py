@@ -240,7 +240,7 @@ class _Save:
             "engines": [*sorted(request.engines)],
             "allow_nonfinite": True,  # what training holds is training's business
         }
-        origin = Origin(store.root, LAYOUT, store.name(request.step), request.step)
+        origin = Origin(store.place, LAYOUT, store.name(request.step), request.step)
         return Record(origin, __version__, LAYOUT, {"ranks": self.group.world}, options)
 
     def _seal(self) -> JSON:
