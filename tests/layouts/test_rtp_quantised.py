@@ -398,6 +398,10 @@ NOT_READ = [
     quantised.integers() | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
     {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {}}},
     {"quant_method": "fp8", "weight_block_size": [128]},
+    quantised.compressed("float", "channel", num_bits=4),
+    quantised.compressed("int", "channel", symmetric=False),
+    quantised.compressed("float", "group", group_size=32),
+    quantised.compressed("float", "group", num_bits=4, group_size=16) | {"format": "mxfp4-pack-quantized"},
 ]
 
 
@@ -406,6 +410,26 @@ def test_other_forms_are_refused(said):
     config, t = quantised.made("awq")
     with pytest.raises(RecipeError, match=r"is not read; read are fp8"):
         recipes.find(config)(memory(t), config | {"quantization_config": said})
+
+
+def test_values_that_do_not_fill_their_integers():
+    config, t = quantised.made("awq")
+    with pytest.raises(RecipeError, match=r"intermediate_size 100 is no multiple of the 8 values .* packed"):
+        recipes.find(config)(memory(t), config | {"intermediate_size": 100})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [("all", "a fused matrix with one scale for all of it is not read"),
+     (48, "a part of 64 rows from 0 on does not end with blocks of 48")],
+)  # fmt: skip
+def test_fused_matrices_whose_scales_cannot_be_taken_apart(block, message):
+    with pytest.raises(RecipeError, match=rf"layers\.0\.self_attn\.qkv_proj: {message}"):
+        list(
+            layout("hf").targets(
+                families.blank("phi3", lambda hub: quantised.bytes_of(hub, block)), Placement()
+            )
+        )
 
 
 def test_a_missing_scale_is_refused():

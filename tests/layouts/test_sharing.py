@@ -232,6 +232,16 @@ def test_layers_that_predict_more_tokens(name):
     assert any("leaves out the layers of multi-token prediction" in note for note in planned.notes)
 
 
+def test_tables_of_prediction_layers():
+    config, hub, extra = predicting("deepseek_v3")
+    with pytest.raises(LayoutError, match="the tables of deepseek_v3's prediction layers are not padded"):
+        model = recipes.find(config)(memory(hub | extra), config)
+        layout("hf", {"vocab_padding": "3"}).targets(model, Placement(tp=3))
+    name = "model.layers.2.embed_tokens.weight"
+    with pytest.raises(RecipeError, match=rf"{name} has 200 rows, the vocabulary 208"):
+        recipes.find(config)(memory(hub | extra | {name: extra[name][:200]}), config)
+
+
 def test_layers_beyond_those_that_the_config_says():
     config, hub, _ = families.made("deepseek_v3")
     assert config["num_nextn_predict_layers"] == 1

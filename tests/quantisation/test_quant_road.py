@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import quant_oracle
 import torch
+from fastckpt import dtypes
 from fastckpt.cli import main
 from fastckpt.errors import LayoutError, RecipeError, SourceError, WriteError
 from fastckpt.executors import pick
@@ -21,6 +22,8 @@ from fastckpt.quantisation import quantised_targets, rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from fastckpt.reader import Mapped, Positioned
 from fastckpt.running import quantising, runs
+from fastckpt.target import Target
+from fastckpt.views import zeros
 from layouts import oracle
 from reading import refuses_what_is_written_to
 from safetensors.torch import load_file
@@ -444,6 +447,43 @@ def test_what_does_not_fit_is_refused_before_a_byte(tmp_path, case):
     with pytest.raises(LayoutError, match=match):
         fastckpt.reshard(cut, config=config, out=tmp_path / "out", **told)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "plan", "quant", "message"),
+    [
+        ("a.o_proj.weight", (128, 384), "rowwise", "fp8-block", "96 of 384 columns a rank cut a block"),
+        ("a.qkv_proj.weight", (512, 128), "colwise", "fp8-block", "the rows of its parts are not known"),
+        (
+            "a.proj", (128, 128), "replicate", Quant(SCHEMES["awq-group"], include=("a.proj",)),
+            "wanted a name that ends with weight",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_cut_or_a_name_does_not_allow(name, shape, plan, quant, message):
+    with pytest.raises(LayoutError, match=f"^quant .*: {name}: {message}"):
+        fastckpt.reshard({name: torch.randn(shape)}, 4, tp_plan={"*": plan}, quant=quant)
+
+
+@pytest.mark.parametrize(("scheme", "mine"), [("int8", (32, 32)), ("fp8", (2, 64, 64))])
+def test_a_cut_on_two_axes_of_scales(scheme, mine):
+    """No layout makes one; scales of what other ranks hold would be needed."""
+    name, whole = "a.q_proj.weight", (64, 64) if len(mine) == 2 else (4, 64, 64)
+    uncut = Target(name, zeros(whole, dtypes.float32))
+    expansion = quantised_targets.Expansion(
+        Quant(SCHEMES[scheme]), "hf", fastckpt.Placement(tp=2), lambda: iter([uncut]), None
+    )
+    with pytest.raises(LayoutError, match=r"a rank holds .*, cut on more than one axis of its scales"):
+        list(expansion.targets([Target(name, zeros(mine, dtypes.float32))]))
+
+
+def test_what_is_no_matrix_stays_dense():
+    (got,) = fastckpt.reshard(
+        {"a.q_proj.weight": torch.randn(64, 64), "b.q_proj.weight": torch.randn(3)},
+        layout="same",
+        quant="int8",
+    )
+    assert (got["a.q_proj.weight"].dtype, got["b.q_proj.weight"].dtype) == (torch.int8, torch.float32)
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8"])

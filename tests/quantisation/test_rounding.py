@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import quant_oracle
@@ -68,6 +70,26 @@ def test_flushed_denormals_of_the_caller_change_nothing(isa):
     assert np.array_equal(out, raw(want))
     assert np.array_equal(found.scales.view(np.uint32), scales.numpy().view(np.uint32))
     assert np.array_equal(rows, largest.numpy())
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCHEMES.items() if not s.stacks])
+def test_the_error_of_parts_is_that_of_the_whole(name):
+    scheme, (rows, columns) = SCHEMES[name], (256, 384)
+    x = torch.randn(rows, columns)
+    dense, pitch = (raw(x.t()), 4 * rows) if scheme.turned else (raw(x), 0)
+    amax = x.abs().amax(1).numpy()
+    most = {0: np.full(rows, amax.max(), np.float32), 1: amax if scheme.block[1] == 0 else None}
+    out = np.empty(rows * columns * scheme.bits // 8, np.uint8)
+    found = rounding.quantise(
+        dense, dtypes.float32, rows, columns, scheme, most.get(scheme.block[0]), out, pitch=pitch
+    )
+    parts = [(slice(a, b), slice(c, d)) for a, b in ((0, 5), (5, 256)) for c, d in ((0, 200), (200, 384))]
+    told = [
+        rounding.error_of(dense, dtypes.float32, (rows, columns), scheme, found, out, part) for part in parts
+    ]
+    total = sum(told, rounding.Error())
+    assert total.values == rows * columns
+    assert astuple(total) == pytest.approx(astuple(found.error), rel=1e-5)  # fp32 sums of another order
 
 
 @pytest.mark.parametrize("native, isa", WAYS)

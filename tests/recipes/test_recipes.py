@@ -279,6 +279,41 @@ def test_bad_configs(change, message):
         recipe(hub, config | change)
 
 
+TOWERS = [
+    ("internvl", {"downsample_ratio": 1.5}, "downsample_ratio must be a number up to 1, got 1.5"),
+    ("internvl", {"vision_config": {"use_qk_norm": True}}, "vision_config.use_qk_norm True is not read"),
+    (
+        "internvl",
+        {"vision_config": {"norm_type": "rms_norm"}},
+        "vision_config.norm_type 'rms_norm' is not read",
+    ),
+    ("gemma4", {"vision_config": {"attention_bias": True}}, "vision_config.attention_bias true is not read"),
+    ("gemma4", {"audio_config": {"subsampling_conv_channels": [16]}}, r"must be two numbers, got \[16\]"),
+    ("qwen3_vl", {"vision_config": {"deepstack_visual_indexes": 2}}, "indexes must be a list, got 2"),
+    (
+        "kimi_k25",
+        {"vision_config": {"merge_kernel_size": [2]}},
+        r"merge_kernel_size must be two numbers, got \[2\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), TOWERS)
+def test_bad_configs_of_towers(name, change, message):
+    config, hub, _ = families.made(name)
+    change = {k: config[k] | v if isinstance(v, dict) else v for k, v in change.items()}
+    with pytest.raises(RecipeError, match=f"^config: .*{message}"):
+        recipe(hub, config | change)
+
+
+def test_a_whole_number_is_a_number():
+    """JSON's 1 is no float; the projector then reads as many features as the tower makes."""
+    config = families.made("internvl")[0] | {"downsample_ratio": 1}
+    shapes = recipes.imagined(recipes.find(config), config)
+    width = config["vision_config"]["hidden_size"]
+    assert shapes["multi_modal_projector.layer_norm.weight"] == (width,)
+
+
 def test_counts_that_no_checkpoint_has_take_no_time():
     for family, key in (("qwen2_moe", "num_hidden_layers"), ("llama", "num_hidden_layers")):
         config, hub, _ = (families if family in families.FAMILIES else tiny).made(family)

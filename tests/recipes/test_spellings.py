@@ -183,6 +183,43 @@ def test_olmo_hybrid_as_it_is_saved():
         hf(hub | {at[1]: hub[at[1]][:47]}, config)
 
 
+LEFT_OUT = [
+    ("mimo_v2_flash", {"num_hidden_layers": 8, "mlp_layer_types": None}, "layer_types"),
+    ("laguna", {}, "num_attention_heads_per_layer"),
+    ("minicpm3", {}, "v_head_dim"),
+    ("olmo_hybrid", {}, "layer_types"),
+    ("olmo_hybrid", {"num_hidden_layers": 5}, "layer_types"),
+    ("lfm2", {}, "layer_types"),
+    ("lfm2", {"full_attn_idxs": [1]}, "layer_types"),
+    ("lfm2", {"tie_embedding": False}, "tie_word_embeddings"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "key"), LEFT_OUT)
+def test_what_a_config_leaves_out_is_what_transformers_makes_of_it(name, more, key):
+    silent = {k: v for k, v in (families.made(name)[0] | more).items() if k != key}
+    meant = type(families.config_of(name))(**silent).to_dict()[key]
+    recipe = recipes.find(silent)
+    assert recipes.imagined(recipe, silent) == recipes.imagined(recipe, silent | {key: meant})
+
+
+def test_layers_that_a_config_numbers_wrongly():
+    silent = {k: v for k, v in families.made("lfm2")[0].items() if k != "layer_types"}
+    with pytest.raises(RecipeError, match=r"full_attn_idxs must be numbers of 3 layers, got \[3\]"):
+        recipes.imagined(recipes.find(silent), silent | {"full_attn_idxs": [3]})
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "qwen3_moe", "phimoe", "jamba", "lfm2_moe", "deepseek_v3"])
+def test_what_the_hub_calls_tensors_of_training(name):
+    config, hub, trained = families.made(name)
+    for there, tensor in trained.items():
+        names = recipes.saved_as(config, there)
+        if there not in hub and names:
+            found = [hub[n.format(0)] for n in names]
+            rows = sum(x.shape[-2] for x in found)
+            assert (rows, found[0].shape[-1]) == tuple(tensor.shape[-2:]), there
+
+
 def test_which_layers_of_jamba_have_what():
     config, hub, _ = families.made("jamba")
     same(hf(hub, config | {"mamba_dt_rank": 10, "num_local_experts": 5, "num_experts": None})[1], hub)

@@ -87,7 +87,7 @@ def mistral3(claims: Claims, config: Config, hidden: Dim) -> Built:
 def internvl(claims: Claims, config: Config, hidden: Dim) -> Built:
     """InternVL's. Raises RecipeError."""
     ratio = config.get("downsample_ratio", 0.5)
-    if not isinstance(ratio, float) or not 0 < ratio <= 1:
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise RecipeError(f"config: downsample_ratio must be a number up to 1, got {ratio!r}")
     features = _inner(config, 1024).times(int(1 / ratio) ** 2)
     tower, loose = _before(config, "internvl_vision", claims, _projector(claims, hidden, features, bias=True))
