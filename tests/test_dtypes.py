@@ -109,3 +109,13 @@ def test_a_config_of_no_known_dtype(named: object) -> None:
 
 def test_torchs_own_dtype_is_a_name() -> None:
     assert dtype(torch.bfloat16) is dtypes.bfloat16  # type: ignore[arg-type]
+
+
+def test_packed_values_need_an_axis_of_whole_elements() -> None:
+    packed = dtypes.BY_NAME["float4_e2m1fn_x2"]
+    assert dtypes.counted(packed, (3, 4)) == (3, 8) and dtypes.in_elements(packed, (3, 8)) == (3, 4)
+    with pytest.raises(ViewError, match="2 values an element, and no axis to count them on"):
+        dtypes.counted(packed, ())
+    for shape in ((), (8, 3)):
+        with pytest.raises(ViewError, match="does not hold whole elements of 2 values"):
+            dtypes.in_elements(packed, shape)

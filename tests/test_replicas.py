@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fastckpt
 import pytest
 import torch
 from fastckpt import replicas
+from fastckpt.checkpoint import Replica
 from fastckpt.errors import SourceError
 from layouts import tiny
 from outputs import changed
@@ -260,3 +263,15 @@ def test_a_tie_that_is_none(tmp_path):
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= fastckpt.consolidate(tmp_path / "a").keys()
     twice_named(tmp_path / "b", tie_word_embeddings=False)
     assert not fastckpt.open(tmp_path / "b").replicas
+
+
+def test_replicas_of_two_shapes_or_dtypes_are_none(tmp_path):
+    """Not even the first of them is taken: what they are is in doubt."""
+    save_file(
+        {"a": torch.zeros(4), "b": torch.zeros(2, 2), "c": torch.zeros(4).half()}, tmp_path / "x.safetensors"
+    )
+    ckpt = fastckpt.open(tmp_path / "x.safetensors", replicas="first")
+    for name, said in (("b", r"float32\[4\] and float32\[2, 2\]"), ("c", r"float32\[4\] and float16\[4\]")):
+        pair = Replica("w", partial(ckpt.__getitem__, "a"), partial(ckpt.__getitem__, name))
+        with pytest.raises(SourceError, match=rf"x\.safetensors: w: {said}"):
+            replicas.compare(replace(ckpt, replicas=(pair,)))

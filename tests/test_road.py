@@ -691,6 +691,35 @@ def test_config_names_the_dtype_that_was_asked_for(tmp_path, layout, key):
         assert json.loads((out / "config.json").read_text()) == told
 
 
+def test_rtp_llm_finds_what_it_reads_under_older_keys(tmp_path):
+    """It reads those alone, and serves as float16, and by its own rotary positions, what has none."""
+    config, _ = zero(tmp_path / "in", "mixtral")
+    gone = ("dtype", "torch_dtype", "rope_parameters", "rope_theta", "rope_scaling")
+    plain = {k: v for k, v in config.items() if k not in gone}
+    rope = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "partial_rotary_factor": 0.5}
+    yarn, by_kind = {"rope_parameters": rope}, {"rope_parameters": {"full_attention": rope}}
+    for k, (told, dtype, wanted) in enumerate((
+        ({"dtype": "bfloat16"}, None, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"dtype": "float32"}, "bfloat16", {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, "bfloat16", {"torch_dtype": "bfloat16"}),
+        ({}, "bfloat16", {"torch_dtype": "bfloat16"}),
+        ({}, None, {}),
+        (yarn, None, yarn | {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_scaling": {
+            "rope_type": "yarn", "type": "yarn", "factor": 4.0
+        }}),
+        (yarn | {"rope_theta": 7.0, "rope_scaling": {}}, None,
+         yarn | {"rope_theta": 7.0, "rope_scaling": {}, "partial_rotary_factor": 0.5}),
+        (by_kind, None, by_kind),
+    )):  # fmt: skip
+        (tmp_path / "in/config.json").write_text(json.dumps(plain | told))
+        for layout, says in (("rtp_llm", wanted), ("hf", {k: wanted[k] for k in told})):
+            out = tmp_path / f"{layout}{k}"
+            fastckpt.reshard(tmp_path / "in", layout=layout, dtype=dtype, out=out)
+            assert json.loads((out / "config.json").read_text()) == plain | says
+    again = fastckpt.plan(fastckpt.open(tmp_path / "rtp_llm5"), layout="hf")
+    assert json.loads(again.config) == plain | yarn  # as it was
+
+
 def test_a_config_that_is_not_the_one_the_weights_were_cut_by_does_not_go_with_them(tmp_path):
     config, _ = zero(tmp_path / "in", "mixtral")
     beside = tmp_path / "in/config.json"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from fastckpt import dtypes, views
 from fastckpt.errors import SourceError, ViewError
-from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.extents import Buffer, Extent, Extents, File
 from fastckpt.stored import constant, runs, strided
+from fastckpt.target import Target
 from fastckpt.views import View, cat, stack, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -345,6 +346,13 @@ def test_cast_refuses_a_second_rounding() -> None:
     assert twice.dtype is dtypes.float16 and twice.stored.tolist() == [dtypes.bfloat16.code]
 
 
+def test_what_must_not_be_rounded_is_stored_in_one_dtype() -> None:
+    wide, narrow = floats(dtypes.float32), floats(dtypes.bfloat16)
+    assert wide.cast(dtypes.bfloat16).pad(0, 0, 1).as_stored().dtype is dtypes.float32
+    with pytest.raises(ViewError, match="what must not be rounded lies in 2 dtypes"):
+        cat([wide.cast(dtypes.bfloat16), narrow]).as_stored()
+
+
 @pytest.mark.parametrize("dtype", [dtypes.int64, dtypes.bool_, dtypes.uint8, dtypes.complex64])
 def test_cast_refuses_what_no_kernel_converts(dtype: dtypes.DType) -> None:
     data = np.zeros(64, np.uint8)
@@ -363,6 +371,24 @@ def test_cast_of_zeros_is_free() -> None:
 
 
 # ---- making views ----
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(-1, 4), (0, -1), (61, 4), (0, 65)])
+def test_an_extent_lies_inside_its_file(offset: int, nbytes: int) -> None:
+    data = np.zeros(64, np.uint8)
+    with pytest.raises(SourceError, match=rf"buffer: w needs bytes \[{offset}, {offset + nbytes}\) of 64"):
+        Extent(Buffer(data, data.ctypes.data, 64), offset, nbytes, "w")
+    with pytest.raises(
+        SourceError, match=rf"f.bin: extent needs bytes \[{offset}, {offset + nbytes}\) of 64"
+    ):
+        Extent(File("f.bin", 64, 0, 0), offset, nbytes)
+
+
+def test_a_target_s_final_shape_holds_what_its_view_has() -> None:
+    view = floats(dtypes.float32)
+    assert Target("w", view, (view.numel, 1)).shape == (view.numel, 1)
+    with pytest.raises(ViewError, match=rf"target w: shape \(7, 7\) does not hold the {view.numel} elements"):
+        Target("w", view, (7, 7))
 
 
 def test_strided_equals_numpy_strides() -> None:

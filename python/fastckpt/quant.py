@@ -116,9 +116,9 @@ def _torchao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Modul
             f"{name or 'the model'}: torchao has no quantised {type(module).__name__}, only nn.Linear"
         )
     own = {n.rpartition(".")[2]: t for n, t in state.items()}
-    floats: State = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
-    _same_shapes(name, floats, own)
-    values, scale, zero = own["weight"], own.get("weight_scale"), own["weight_zero_point"]
+    scale, zero = own.pop("weight_scale", None), own.pop("weight_zero_point")
+    _same_shapes(name, module, own)
+    values = own["weight"]
     if scale is None or values.dtype is not torch.int8:
         raise LayoutError(f"{name}.weight: wanted int8 values with a scale, got {values.dtype}")
     one = scale.numel() == 1 and scale.ndim == 0
@@ -152,7 +152,7 @@ def _torch_ao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Modu
     own = {n.rpartition(".")[2]: t for n, t in state.items()}
     values = dict(_values(name, own))
     if type(module) is torch.nn.Linear:
-        _same_shapes(name, {"weight": module.weight}, values)
+        _same_shapes(name, module, values)
         linear = dynamic.Linear(  # type: ignore[no-untyped-call]
             module.in_features, module.out_features, bias_=module.bias is not None
         )
@@ -161,7 +161,7 @@ def _torch_ao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Modu
     if type(module) in (torch.nn.LSTM, torch.nn.GRU):
         if not module.bias or module.proj_size:
             raise LayoutError(f"{name}: torch does not quantise it without bias, or with proj_size")
-        _same_shapes(name, dict(module.named_parameters()), values)
+        _same_shapes(name, module, values)
         kind = dynamic.LSTM if type(module) is torch.nn.LSTM else dynamic.GRU
         made = kind(
             module.input_size,
@@ -179,11 +179,13 @@ def _torch_ao(name: str, module: torch.nn.Module, state: State) -> torch.nn.Modu
     )
 
 
-def _same_shapes(name: str, wanted: State, got: State) -> None:
-    for key, tensor in wanted.items():
-        if key not in got or got[key].shape != tensor.shape:
-            have = tuple(got[key].shape) if key in got else "none"
-            raise LayoutError(f"{name}.{key}: got {have}, the model has {tuple(tensor.shape)}")
+def _same_shapes(name: str, module: torch.nn.Module, got: State) -> None:
+    """Raises LayoutError unless these are the module's parameters, each in its shape."""
+    wanted = dict(module.named_parameters())
+    for key in {**wanted, **got}:
+        have, want = (tuple(of[key].shape) if key in of else "none" for of in (got, wanted))
+        if have != want:
+            raise LayoutError(f"{name and f'{name}.'}{key}: got {have}, the model has {want}")
 
 
 def _values(name: str, own: State) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint
 from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.layouts import layout as layout_of
 from layouts import families, tiny
 from peft_writer import PREFIX, settings, thin, write
 from safetensors.torch import load_file, save_file
@@ -235,6 +236,15 @@ def test_a_checkpoint_of_the_adapted_model(tmp_path):
     equal(alone, written)
     with pytest.raises(FastckptError, match=r"is an adapter's; adapter= \(--adapter DIR\)"):
         fastckpt.reshard(state, config=config)
+    base = {n: x for n, x in state.items() if ".modules_to_save." not in n}
+    first = f"{PREFIX}{next(iter(pairs))}.weight"
+    for odd, adapter, words in (
+        (state, "x", r"holds an adapter \(.*\), and .*/x another; open the base alone"),
+        (base, "adapter", r"nothing takes the place of .*lm_head\.original_module\.weight"),
+        (state | {first: torch.ones(2)}, "adapter", r"q_proj\.weight is a second model\..*q_proj\.weight of"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            fastckpt.reshard(odd, config=config, adapter=tmp_path / adapter)
     trained = {n: x for n, x in state.items() if ".lora_" in n or ".modules_to_save." in n}
     with pytest.raises(FastckptError, match=r"whose base is not here; open the base"):
         fastckpt.reshard(trained)
@@ -258,6 +268,11 @@ def test_apart_each_rank_has_what_it_has_of_the_base(tmp_path):
             want[f"{PREFIX}{module}.lora_A.weight"] = a.chunk(2, 1)[rank] if rows else a
             want[f"{PREFIX}{module}.lora_B.weight"] = b if rows else b.chunk(2)[rank]
         equal(load_file(out / f"rank-{rank:02d}" / "adapter_model.safetensors"), want)
+    rows, width = tensors["lm_head.weight"].shape
+    head = write(tmp_path / "head", settings(), {"lm_head": (torch.ones(4, width), torch.ones(rows, 4))})
+    padded = layout_of("hf", {"pad": "true", "vocab_padding": "7"})
+    with pytest.raises(LayoutError, match=r"lm_head\.weight \(70, 64\) holds more than a part of lm_head"):
+        fastckpt.reshard(base, tp=3, adapter=head, apart=True, layout=padded)
     fastckpt.reshard(base, adapter=adapter, apart=True, out=tmp_path / "one", durable=False)
     equal(
         load_file(tmp_path / "one" / "adapter_model.safetensors"),
@@ -530,6 +545,9 @@ def test_tensors_that_do_not_fit(tmp_path):
         fastckpt.reshard(base, adapter=tmp_path / "empty")
     with pytest.raises(SourceError, match="is missing; adapters lie in adapter-1, adapter-10"):
         fastckpt.reshard(base, adapter=tmp_path)
+    (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps({"x": "y" * (1 << 20)}))
+    with pytest.raises(SourceError, match=r"adapter_config\.json: more than 1048576 bytes of JSON"):
+        fastckpt.reshard(base, adapter=tmp_path / "empty")
     with pytest.raises(SourceError, match="holds none either"):
         (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(settings()))
         fastckpt.reshard(base, adapter=tmp_path / "empty")

@@ -148,6 +148,9 @@ def test_a_last_group_may_be_short(inputs):
     state["c.qzeros"] = sum(zeros[:, k::8].int() << (4 * k) for k in range(8)).int()
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
     same(got, {"c.weight": want})
+    within = {"text_config": config, "model_type": "x"}  # as Kimi K2.5's hub says it
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=within)
+    same(got, {"c.weight": want})
 
 
 def test_recurrent_weights_and_scales_of_inputs():
@@ -356,6 +359,11 @@ REFUSED = {
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1),
          "a.weight_zero_point": torch.ones(1, dtype=torch.bfloat16)}, {}, "zero_point: got bfloat16",
     ),
+    "points of another shape": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1),
+         "a.weight_zero_point": torch.ones(2, 1, dtype=torch.int8)}, {},
+        r"a.weight_zero_point: got shape \(2, 1\), its scales have \(4, 1\)",
+    ),
     "points missing": (_PACKED, _UNEVEN, "weight_zero_point is not there"),
     "points of bytes missing": (
         {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(1)}, _UNEVEN,
@@ -371,6 +379,72 @@ REFUSED = {
         {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 1, dtype=torch.int32),
          "a.scales": torch.ones(1, 8)}, {"quant_method": "awq", "format": "gemv"}, "version 'gemv'",
     ),
+    "no matrix": (
+        {"a.weight": torch.zeros(8, dtype=torch.int8), "a.weight_scale": torch.ones(1)}, {},
+        r"a.weight: int8 of shape \(8,\) is not dequantised",
+    ),
+    "bytes": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.uint8), "b.weight": torch.zeros(2)}, {},
+        r"a.weight: uint8 of shape \(4, 8\) is not dequantised",
+    ),
+    "no scales": (
+        {"a.weight": torch.zeros(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(4, 0)}, {},
+        r"scales of shape \(4, 0\) do not fit the matrix \(4, 8\)",
+    ),
+    "groups of two sizes": (
+        {"a.weight": torch.zeros(4, 96, dtype=torch.int8), "a.weight_scale": torch.ones(4, 3)},
+        {"config_groups": {str(n): {"weights": {"group_size": n}} for n in (32, 40)}},
+        "groups of 32, 40 all make 3 of 96 inputs",
+    ),
+    "widths": (
+        _PACKED, {"config_groups": {str(n): {"weights": {"num_bits": n}} for n in (4, 8)}},
+        "config_groups of different widths",
+    ),
+    "packed otherwise": (
+        _PACKED | {"a.weight_packed": torch.zeros(8, 1, dtype=torch.int64)}, {},
+        r"a.weight_packed: int64 of shape \(8, 1\) is not read, only int32",
+    ),
+    "packed points": (
+        _PACKED | {"a.weight_zero_point": torch.zeros(2, 1, dtype=torch.int32)}, _UNEVEN,
+        r"weight_zero_point: got shape \(2, 1\), wanted \(1, 1\)",
+    ),
+    "pairs of three axes": (
+        {"a.weight_packed": torch.zeros(2, 8, 16, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 1)}, {},
+        r"a.weight_packed: bytes of shape \(2, 8, 16\), scales of \(8, 1\) are not read",
+    ),
+    "pairs with one scale": (
+        {"a.weight": torch.zeros(8, 16, dtype=torch.uint8),
+         "a.weight_scale": torch.ones(()).to(torch.float8_e4m3fn), "a.weight_scale_2": torch.ones(())}, {},
+        r"scales of \(\) are not read",
+    ),
+    "pairs with points": (
+        _PAIRS | {"a.weight_scale": torch.ones(8, 1, dtype=torch.uint8)}, _UNEVEN,
+        "four-bit floats with zero points",
+    ),
+    "second scales of another dtype": (
+        _PAIRS | {"a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn),
+                  "a.weight_global_scale": torch.ones(1).half()}, {},
+        "a.weight_global_scale: got float16, wanted float32",
+    ),
+    "GPTQ's axes": (_GPTQ | {"a.scales": torch.ones(8)}, {"quant_method": "gptq"}, "are no matrices"),
+    "GPTQ's dtype": (
+        _GPTQ | {"a.qzeros": torch.zeros(1, 1, dtype=torch.int16)}, {"quant_method": "gptq"},
+        "wanted int32 values and zero points, got int32, int16",
+    ),
+    "GPTQ's sizes": (_GPTQ | {"a.scales": torch.ones(1, 7)}, {"quant_method": "gptq"}, "do not fit each"),
+    "GPTQ's groups": (
+        _GPTQ | {"a.scales": torch.ones(0, 8), "a.qzeros": torch.zeros(0, 1, dtype=torch.int32)},
+        {"quant_method": "gptq"}, "do not fit each other",
+    ),
+    "GPTQ's order": (
+        _GPTQ | {"a.g_idx": torch.tensor([0] * 7 + [1], dtype=torch.int32)}, {"quant_method": "gptq"},
+        "a.weight: groups of inputs 0 to 1, there are 1",
+    ),
+    "AWQ's sizes": (
+        {"a.qweight": torch.zeros(8, 1, dtype=torch.int32), "a.qzeros": torch.zeros(1, 2, dtype=torch.int32),
+         "a.scales": torch.ones(1, 12)}, {"quant_method": "awq"}, "do not fit each other",
+    ),
+    "tied": ("tied", {}, "b.weight is tied to a.weight, which is quantised: not read"),
     "blocks": (_FP8, {"quant_method": "fp8", "weight_block_size": [100.0, 100.0]}, r"blocks of \[100.0, 100"),
     "turned": (_FP8, {"transform_config": {"config_groups": {"R1": {}}}}, "turned weights"),
     "bits of values": (_PACKED, {}, "says of how many bits"),
@@ -387,6 +461,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_is_not_read_is_refused(case):
     state, said, match = REFUSED[case]
+    if state == "tied":
+        weight = torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.int8), requires_grad=False)
+        state = {"a.weight": weight, "b.weight": weight, "a.weight_scale": torch.ones(1)}
     with pytest.raises(SourceError, match=match):
         fastckpt.reshard(
             state, layout="same", quant="none", config={"quantization_config": said} if said else None

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import json
+import random
+from itertools import pairwise
 
 import fastckpt
 import peft_writer
 import pytest
 import quant_oracle
+import reading
 import torch
 from fastckpt.cli import main
 from fastckpt.computed import prequantised
+from fastckpt.computed.prequantised import _parts as parts_of
 from fastckpt.errors import LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
@@ -293,6 +297,59 @@ def test_a_batch_that_ends_within_a_row():
         assert torch.equal(shard[f"{at}weight_only_quant_scale"], scales.flatten())
 
 
+class Asked:
+    """Gives the dense elements of views of memory, and keeps the sum of the errors it is told."""
+
+    def __init__(self):
+        self.error = rounding.Error()
+
+    def dense(self, view, *, scan=False):
+        return reading.read(view)
+
+    def add_error(self, matrix, error):
+        self.error += error
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("scheme", ["int8", "fp8-channel", "fp8-block", "int4-group32", *FOUR])
+def test_any_box_of_a_part_is_that_of_the_whole(monkeypatch, scheme, native):
+    """Also one that begins and ends within a block, whose scale it shares with what lies outside."""
+    if not native:
+        monkeypatch.setattr(rounding, "_C", None)
+    monkeypatch.setattr(prequantised, "PIECE", 40_000)
+    torch.manual_seed(5)
+    entry = reading.memory({"a.weight": torch.randn(264, 320)}).entries["a.weight"]
+    rng, asked = random.Random(5), Asked()
+    whole = {
+        p.kind: p.box(asked, 0, p.shape[0], 0, p.shape[1])
+        for p in parts_of("a.weight", entry, SCHEMES[scheme])
+    }
+    total, asked = asked.error, Asked()
+    for part in parts_of("a.weight", entry, SCHEMES[scheme]):
+        outputs = scheme in FOUR and part.shape[1] == 264  # of which eight share a word of zero points
+        rows, columns = (
+            [0, *sorted(rng.sample(range(unit, n, unit), min(n // unit - 1, 4))), n]
+            for n, unit in zip(part.shape, (1, 8 if outputs else 1), strict=True)
+        )
+        for r0, r1 in rng.sample(list(pairwise(rows)), len(rows) - 1):
+            for c0, c1 in pairwise(columns):
+                got = part.box(asked, r0, r1, c0, c1)
+                assert got.tobytes() == whole[part.kind][r0:r1, c0:c1].tobytes(), (part.kind, r0, r1, c0, c1)
+    assert asked.error.values == total.values == 264 * 320
+    for figure in ("biggest", "difference", "dense", "quantised", "both"):
+        assert getattr(asked.error, figure) == pytest.approx(getattr(total, figure), rel=2e-6), figure
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-channel", "fp8-block", *FOUR])
+def test_scales_that_are_asked_for_first_are_of_finite_values(scheme):
+    dense = torch.ones(264, 320)
+    dense[263, 319] = float("nan")
+    entry = reading.memory({"a.weight": dense}).entries["a.weight"]
+    scales = next(p for p in parts_of("a.weight", entry, SCHEMES[scheme]) if p.kind == "scales")
+    with pytest.raises(SourceError, match=r"a\.weight: NaN or infinite"):
+        scales.box(Asked(), 0, scales.shape[0], 0, scales.shape[1])
+
+
 def test_an_adapter_is_merged_first(tmp_path):
     config, tensors = model()
     pairs = peft_writer.thin(tensors, [f"{AT}self_attn.o_proj"])
@@ -390,6 +447,13 @@ def test_a_tied_head_stays_dense():
     shard = fastckpt.reshard(tied, layout="rtp_llm", config=config, quant="int8", rank=0)
     assert torch.equal(shard["rank_00_00_00.global.lm_head"], tied["model.embed_tokens.weight"])
     check(shard, wanted("int8", hub("int8"), 1, 0))
+
+
+def test_matrices_that_are_tied():
+    _, tensors = model()
+    names = [f"{AT}self_attn.{p}_proj.weight" for p in "kv"]
+    tied = tensors | dict.fromkeys(names, tensors[names[0]])
+    refused(f"{names[1]} is tied to {names[0]}, and would not find its scales", tensors=tied)
 
 
 def test_a_pattern_takes_away():

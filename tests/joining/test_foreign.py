@@ -185,6 +185,18 @@ def test_tensors_that_the_layout_does_not_make(four):
     refused(four, r"2/model.norm.weight: the layout makes \(64,\), the shard holds none")
 
 
+def test_ranks_of_two_dtypes(four):
+    name = "model.layers.0.mlp.down_proj.weight"
+    changed(four, lambda t: t.update({name: t[name].half()}))
+    refused(four, f"{name}: its parts are float16, float32, wanted one")
+
+
+def test_no_config_at_all(four):
+    for path in four:
+        (path / "config.json").unlink(missing_ok=True)
+    refused(four, "no config.json, nor beside the checkpoint that it is like")
+
+
 def test_another_model(four):
     tensors = load_file(four[1] / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")

@@ -11,6 +11,7 @@ import pytest
 from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.extents import Buffer, Extent, Extents
+from fastckpt.joining import inverse
 from fastckpt.joining.inverse import joined, kept, other, pieces_of
 from fastckpt.stored import strided
 from reading import read
@@ -96,6 +97,18 @@ def test_what_overlaps_is_taken_once():
     views = [view.narrow(0, 0, 4), view.narrow(1, 3, 5), view.narrow(0, 2, 4).narrow(1, 0, 6).T]
     arrays = [array[:4], array[:, 3:], array[2:, :6].T]
     assert (read(back((6, 8), views, [np.ascontiguousarray(a) for a in arrays])) == array).all()
+
+
+def test_cuts_that_no_axes_of_the_tensor_have_in_common(monkeypatch):
+    """Of steps 6 and 4 in a row of 24 neither divides the other: one of them goes element by element."""
+    array = np.arange(1, 25, dtype=np.int32)
+    view, _ = phantom((24,))
+    views = [view.reshape((4, 6)).permute((1, 0)), view.reshape((6, 4)).permute((1, 0))]
+    arrays = [np.ascontiguousarray(array.reshape(4, 6).T), np.ascontiguousarray(array.reshape(6, 4).T)]
+    assert (read(back((24,), views, arrays)) == array).all()
+    monkeypatch.setattr(inverse, "MAX_FRAGMENTS", 5)
+    with pytest.raises(SourceError, match="x: 6 elements 4 apart would each be a fragment"):
+        back((24,), views, arrays)
 
 
 def test_missing_elements_are_an_error():

@@ -285,6 +285,25 @@ def test_records_that_tell_too_little(served):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda o, t: t.update(x=3), "x: 3 is no dtype and shape"),
+        (lambda o, t: t.update(x=["float33", [1]]), "x: ['float33', [1]] is no dtype and shape"),
+        (lambda o, t: t.update(x=["float32", [-1]]), "x: [-1] is no shape"),
+        (lambda o, t: t.update(x=["float32", [1 << 40, 1 << 40]]), "is no shape"),
+        (lambda o, t: o.update(layout_fields=[1]), "the record's layout_fields is no JSON object"),
+        (lambda o, t: o["cut_from"].update(tensors=[]), "the record's tensors is no JSON object"),
+    ],
+)
+def test_records_of_other_kinds(served, change, said):
+    assert said in spoiled(served, lambda r: change(r["options"], r["options"]["cut_from"]["tensors"]))
+
+
+def test_a_layout_without_roles(served):
+    assert "layout same of 2 ranks cannot be joined" in spoiled(served, lambda r: r.update(layout="same"))
+
+
 def test_records_that_tell_another_model(served):
     def other(record):
         record["options"]["cut_from"]["tensors"]["model.norm.weight"] = ["bfloat16", [63]]
@@ -352,6 +371,11 @@ def test_a_tensor_that_is_in_no_file(served):
         record["ranks"][1]["tensors"]["more"] = norm | {"shape": [0], "nbytes": 0}
 
     assert "more of rank 1 is in fastckpt.json and in no file" in spoiled(served, empty)
+
+
+def test_a_tensor_that_the_record_does_not_name(served):
+    said = spoiled(served, lambda r: r["ranks"][1]["tensors"].pop("model.norm.weight"))
+    assert "holds model.norm.weight, which fastckpt.json does not name there" in said
 
 
 @pytest.mark.parametrize("other", [{"shape": [1, 64]}, {"dtype": "int32"}])

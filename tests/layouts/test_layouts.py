@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from fastckpt import recipes
 from fastckpt.errors import FastckptError, LayoutError
 from fastckpt.layouts import layout
 from fastckpt.layouts.cuts import padded_part
-from fastckpt.model import Layers
+from fastckpt.model import Layers, VisionExpert
 from fastckpt.placement import Placement
+from fastckpt.roles import Parameter
 from layouts import oracle, tiny
 from reading import bits, memory, read, same, shard
 
@@ -120,6 +122,21 @@ def test_sizes_are_checked_first(served):
     for axis in {"hf": ("pp", "dp", "ep"), "rtp_llm": ("pp",)}.get(served, ()):
         with pytest.raises(LayoutError, match=f"wanted {axis} 1, got 2"):
             placed.targets(sized(), Placement(tp=2, **{axis: 2}))
+
+
+@pytest.mark.parametrize("served", ["vllm", "rtp_llm", "megatron"])
+def test_what_layers_of_no_decoder_have_is_refused(served):
+    """As a user's own recipe may make them."""
+    model, *_ = model_of("llama")
+    layer = model.layers[0]
+    biased = dataclasses.replace(layer.attention, relative=Parameter("buckets", layer.mlp_norm.weight))
+    odd = [{"cross": layer.attention}, {"cross_norm": layer.mlp_norm}, {"attention": biased}]
+    if served != "rtp_llm":
+        odd.append({"vision": VisionExpert(layer.attention, layer.mlp)})
+    for roles in odd:
+        one = Layers([partial(dataclasses.replace, layer, **roles)])
+        with pytest.raises(LayoutError, match=rf"layout {served} has no place for (model\.layers|buckets)"):
+            list(layout(served).targets(dataclasses.replace(model, layers=one), Placement()))
 
 
 def test_the_uneven_share_of_kv_heads_is_refused():

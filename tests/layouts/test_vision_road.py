@@ -7,6 +7,7 @@ import json
 import fastckpt
 import pytest
 import torch
+from fastckpt.errors import LayoutError
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from layouts import families
 from zero_writer import write_zero
@@ -161,3 +162,23 @@ def test_a_tower_is_quantised_by_no_pattern(trained, tmp_path):
         asked = Quant(SCHEMES["int8"], include=("*visual.blocks.0.attn.proj.weight",))
         with pytest.raises(fastckpt.LayoutError, match="is beside the decoder, where all is dense"):
             fastckpt.reshard(path, layout=layout, quant=asked, out=tmp_path / layout, durable=False)
+
+
+def test_a_decoder_that_says_how_it_is_quantised(tmp_path):
+    """Its config loses the word as a whole model's does; vLLM finds it in either place."""
+    torch.manual_seed(5)
+    config, hub, _ = families.made("qwen3_vl")
+    random = {n: torch.randn(x.shape) for n, x in hub.items()}
+    fastckpt.reshard(random, config=config, quant="int8", out=tmp_path / "in")
+    told = json.loads((tmp_path / "in/config.json").read_text())
+    (state,) = fastckpt.reshard(tmp_path / "in")
+    text = {**told["text_config"], "quantization_config": told["quantization_config"]}
+    within = {k: v for k, v in told.items() if k != "quantization_config"} | {"text_config": text}
+    for layout in (fastckpt.Hf(), fastckpt.Vllm(), fastckpt.Vllm(engine="vllm==0.32")):
+        one, other = (fastckpt.reshard(state, 2, config=c, layout=layout, rank=0) for c in (told, within))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one)
+    with pytest.raises(LayoutError, match="the config says that the source is quantised already"):
+        fastckpt.reshard(state, config=within, quant="int8")
+    fastckpt.reshard(state, config=within, quant="none", dtype="float32", out=tmp_path / "out")
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import fastckpt
@@ -97,6 +98,58 @@ def test_what_does_not_fit_is_refused(tmp_path):
     other.rnn = torch.nn.Embedding(3, 3)
     with pytest.raises(LayoutError, match="no quantised Embedding"):
         load_dynamic(other, tmp_path / "out")
+
+
+def test_tensors_of_other_shapes(tmp_path):
+    model = Words(torch.nn.LSTM)
+    written(model, tmp_path / "out", "int8-dynamic")
+    wide = Words(torch.nn.LSTM)
+    wide.encoder = torch.nn.Embedding(41, 24)
+    with pytest.raises(LayoutError, match=r"encoder\.weight: got \(40, 24\), the model has \(41, 24\)"):
+        load_dynamic(wide, tmp_path / "out")
+    narrow = Words(torch.nn.LSTM)
+    narrow.rnn = torch.nn.LSTM(24, 16, 2, proj_size=3)
+    with pytest.raises(LayoutError, match="rnn: torch does not quantise it without bias, or with proj_size"):
+        load_dynamic(narrow, tmp_path / "out")
+
+
+@pytest.mark.parametrize("backend", ["torch.ao", "torchao"])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_bias_that_one_of_them_lacks(tmp_path, backend, held):
+    """It is neither left out of what was saved, nor of the model."""
+    if backend == "torchao":
+        pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model, other = (torch.nn.Sequential(torch.nn.Linear(24, 16, bias=b)) for b in (held, not held))
+    quant = Quant(SCHEMES["int8-dynamic"], include=("0.weight",))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=tmp_path / "out")
+    got, wanted = ("(16,)", "none") if held else ("none", "(16,)")
+    with pytest.raises(
+        LayoutError, match=rf"0\.bias: got {re.escape(got)}, the model has {re.escape(wanted)}"
+    ):
+        load_dynamic(other, tmp_path / "out", backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch.ao", "torchao"])
+def test_a_matrix_whose_scale_is_gone(tmp_path, backend):
+    if backend == "torchao":
+        pytest.importorskip("torchao.quantization", reason="needs torchao")
+    held = {"weight": torch.zeros(16, 24, dtype=torch.int8), "weight_zero_point": torch.tensor(0)}
+    torch.save(held, tmp_path / "x.pt")
+    with pytest.raises(LayoutError, match=r"weight: wanted int8 values with a scale, got torch.int8"):
+        load_dynamic(torch.nn.Linear(24, 16, bias=False), tmp_path / "x.pt", backend=backend)
+
+
+def test_one_module_is_a_model(tmp_path):
+    model = torch.nn.Linear(24, 16)
+    quant = Quant(SCHEMES["int8-dynamic"], include=("weight",))
+    fastckpt.reshard(model.state_dict(), layout="same", quant=quant, out=tmp_path / "out")
+    want = quantization.quantize_dynamic(
+        torch.nn.Sequential(model), {torch.nn.Linear: CONFIGS["int8-dynamic"]}, dtype=torch.qint8
+    )
+    x = torch.randn(3, 24)
+    assert torch.equal(
+        load_dynamic(torch.nn.Linear(24, 16), tmp_path / "out", backend="torch.ao")(x), want(x)
+    )
 
 
 # ---- torchao: opt-in, where it is installed ----

@@ -20,6 +20,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
+from fastckpt.sources import dcp_metadata
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -328,6 +329,14 @@ def index(name: str, at: tuple[int, ...]) -> MetadataIndex:
     return MetadataIndex(name, torch.Size(at), 0)
 
 
+def chunk(at: tuple[int, ...], size: tuple[int, ...]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(at), torch.Size(size))
+
+
+def stored(chunks: object) -> TensorStorageMetadata:
+    return TensorStorageMetadata(TensorProperties(dtype=MATRIX.dtype), MATRIX.size(), chunks)
+
+
 def compressed() -> _StorageInfo:
     """Where bytes lie that something was done to; torch 2.6 has no such field yet."""
     info = _StorageInfo("__0_0.distcp", 0, 9)
@@ -341,6 +350,9 @@ def compressed() -> _StorageInfo:
         ({"storage_data": {}}, "does not say where w at (0, 0) is"),
         ({"storage_data": None}, "storage_data: wanted a dict, got NoneType"),
         ({"state_dict_metadata": {"w": 3}}, "no tensors of a model"),
+        ({"state_dict_metadata": {3: BytesStorageMetadata()}}, "a name is 3; wanted a string"),
+        ({"state_dict_metadata": {"w": stored(chunks=())}}, "w: its chunks are no list"),
+        ({"state_dict_metadata": {"w": stored(chunks=[chunk((0,), (7,))])}}, "a chunk of (7,) at (0,) in"),
         ({"storage_data": {index("w", (0, 0)): _StorageInfo("../x", 0, 1)}}, "leaves the directory"),
         ({"storage_data": {index("w", (0, 0)): _StorageInfo("/etc/passwd", 0, 1)}}, "leaves the directory"),
         ({"storage_data": {index("w", (0, 0)): _StorageInfo("__0_0.distcp", -1, 1)}}, "outside a file"),
@@ -366,6 +378,19 @@ def test_a_box_that_is_said_to_lie_in_two_places(tmp_path, monkeypatch):
     monkeypatch.setattr(MetadataIndex, "__eq__", object.__eq__)
     write(tmp_path / "b", twice)
     refuses(tmp_path / "b", "w at (0, 0): lies in", "__0_0.distcp", "__1_0.distcp", "in doubt")
+
+
+def test_a_box_that_is_no_tensor(tmp_path, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda tensor, to: save({"w": tensor}, to))
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    refuses(tmp_path, "__0_0.distcp: w at", "wanted a tensor, got dict")
+
+
+def test_metadata_beyond_any_save(tmp_path, monkeypatch):
+    write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
+    monkeypatch.setattr(dcp_metadata, "MAX_PICKLE", 100)
+    refuses(tmp_path, ".metadata: has ", "the limit is 100")
 
 
 def test_boxes_that_are_safetensors_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -132,6 +133,11 @@ def test_the_directories_of_a_run(tmp_path, capsys):
     ):
         with pytest.raises(SourceError, match=why):
             fastckpt.open(path, tag=tag)
+    for path in (tmp_path / "global_step_20").glob("*/model_*"):
+        path.unlink()  # interrupted: its predecessor is not taken in its place
+    with pytest.raises(SourceError, match="global_step_20: no model_world_size_N_rank_R"):
+        fastckpt.open(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     assert cli.main(["inspect", str(tmp_path)]) == 0
     assert "fsdp" in capsys.readouterr().out
 
@@ -302,8 +308,42 @@ def test_records_that_are_not_read():
     ):
         with pytest.raises(SourceError, match=why):
             part_of(dtensor_tree(**changes))
+    for (changed, func), why in (
+        (({"_local_tensor": 3}, None), "a DTensor's part is int"),
+        (
+            ({}, Inert("torch._utils._rebuild_tensor_v2")),
+            "DTensor made by torch._utils._rebuild_tensor_v2 is",
+        ),
+    ):
+        whole = dtensor_tree()
+        made, kind, args, (_, state) = whole.args
+        with pytest.raises(SourceError, match=why):
+            part_of(replace(whole, args=(func or made, kind, args, (None, state | changed))))
     assert part_of(Inert("torch._tensor._rebuild_from_type_v2", ())) is None
     assert part_of(3) is None
+
+
+def sharded_tree(kind="_shard.sharded_tensor.api.ShardedTensor", tensor=None, **record):
+    said = {"shard_offsets": [0, 0], "shard_sizes": [2, 2]} | record
+    metadata = Inert("torch.distributed._shard.metadata.ShardMetadata", state=said)
+    shard = {"tensor": held((2, 2)) if tensor is None else tensor, "metadata": metadata}
+    shards = [Inert("torch.distributed._shard.sharded_tensor.shard.Shard", state=shard)]
+    kind, func = Inert(f"torch.distributed.{kind}"), Inert("torch._utils._rebuild_wrapper_subclass")
+    return Inert("torch._tensor._rebuild_from_type_v2", (func, kind, (kind, float32, (4, 2)), (shards,)))
+
+
+def test_sharded_tensors_that_are_not_read():
+    part = part_of(sharded_tree())
+    assert isinstance(part, Boxed) and (part.shape, part.boxes[0][0]) == ((4, 2), (0, 0))
+    for changes, why in (
+        ({"kind": "nn.Other"}, "a tensor of torch.distributed.nn.Other is not read"),
+        ({"tensor": 3}, "part is int"),
+        ({"shard_sizes": [2, 1]}, r"part has \[2, 2\], its record says \[2, 1\] at \[0, 0\] of \[4, 2\]"),
+        ({"tensor": held((2,)), "shard_sizes": [2]}, r"part has \[2\], its record says \[2\] at \[0, 0\] of"),
+        ({"shard_offsets": [0]}, r"part has \[2, 2\], its record says \[2, 2\] at \[0\] of \[4, 2\]"),
+    ):
+        with pytest.raises(SourceError, match=why):
+            part_of(sharded_tree(**changes))
 
 
 def test_files_that_do_not_fit(case, tmp_path):

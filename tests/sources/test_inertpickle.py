@@ -139,6 +139,10 @@ def test_the_oldest_opcodes() -> None:
     assert made.globals == {"os.system"}
 
 
+def test_an_ordered_dict_of_pairs() -> None:
+    assert parse(b"ccollections\nOrderedDict\n]](K\x01K\x02ea\x85R.").root == {1: 2}
+
+
 def test_a_record_of_the_same_class_does_not_share() -> None:
     root = parse(pickle.dumps([Point(1), Point(2)])).root
     assert isinstance(root, list) and [p.state for p in root] == [{"x": 1}, {"x": 2}]
@@ -156,6 +160,12 @@ def test_tables_of_the_caller() -> None:
 
 def _string(text: str) -> bytes:
     return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def _nested(value: object, times: int) -> object:
+    for _ in range(times):
+        value = [value]
+    return value
 
 
 REFUSED = {
@@ -229,6 +239,8 @@ REFUSED = {
     "self through tuple": (b"]q\x00h\x00\x85a.", "contains itself"),
     "deep tuples": (b")" + b"\x85" * 300 + b".", "deeper than"),
     "deep lists": (b"]" * 300 + b"a" * 299 + b".", "deeper than"),
+    "deep in deep": (pickle.dumps([deep := _nested([0] * 1100, 150), _nested(deep, 150)], 4), "deeper than"),
+    "long global": (b"c" + b"a" * 40_000 + b"\n" + b"b" * 40_000 + b"\n.", "name of a global is longer"),
     "unfolding": (b")" + b"2\x86" * 40 + b".", "unfolds"),
     "unfolding deep": (b")" + b"2\x86" * 5000 + b".", "deeper|unfolds"),
     "not a pickle": (b"hello world", "memo entry|no integer"),

@@ -407,6 +407,14 @@ def _transposed(rank, state):
     state["model"]["decoder.layers.0.mlp.linear_fc2.weight"] = x.T.contiguous().T
 
 
+def _list(rank, state):
+    state["model"]["more"] = [torch.zeros(3)]
+
+
+def _not_a_number(rank, state):
+    state["checkpoint_version"] = float("nan")
+
+
 def _no_args(rank, state):
     state["args"] = {"num_layers": 2}
 
@@ -424,6 +432,12 @@ def _no_layer(rank, state):
         broken(_add, "0/decoder.layers.0.mlp.extra.weight is no tensor of layout megatron"),
         broken(_old, "checkpoint_version 2.0: wanted 3.0"),
         broken(_nested, "the form of Megatron before its core"),
+        broken(_not_a_number, "checkpoint_version nan: wanted 3.0"),
+        broken(_list, "more: holds a tensor, where a state dict has each under a name of its own"),
+        broken(None, "tp 2 does not divide expert_tensor_parallel_size 1 \\* ep 1", num_experts=2,
+               expert_tensor_parallel_size=1),
+        broken(None, "several ranks share the name of a directory: its args say tp 1", num_experts=2,
+               tensor_model_parallel_size=1, expert_tensor_parallel_size=2),
         broken(_no_model, "no model; keys: args"),
         broken(_later, "iteration is .*: files of two saves"),
         broken(_transposed, "lies with strides"),
@@ -475,6 +489,34 @@ def test_experts_under_one_anothers_names(tmp_path):
         (root / a).rename(root / b)
     with pytest.raises(SourceError, match="mp_rank_00_000 was written by process 2 of 4, ep rank 1"):
         fastckpt.open(run, config=config)
+
+
+def test_a_rank_that_does_not_say_who_wrote_it(tmp_path):
+    def unsaid(rank, state):
+        if rank == 1:
+            del state["args"].rank
+
+    run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, change=unsaid)
+    same(fastckpt.open(run, config=config), hub)
+
+
+def test_what_two_stages_hold(tmp_path):
+    run, config, _ = written(tmp_path, tiny.made("llama"), 1, OF_TE, rank=0, pipeline_model_parallel_size=2)
+    at = run / "iter_0000007/mp_rank_00"
+    shutil.copytree(at, at.with_name("mp_rank_00_001"))
+    at.rename(at.with_name("mp_rank_00_000"))
+    with pytest.raises(SourceError, match=r"two stages hold embedding.*, one of them mp_rank_00_001"):
+        fastckpt.open(run, config=config)
+
+
+def test_what_is_not_of_the_model(tmp_path):
+    def more(rank, state):
+        state["model"].update({"mtp.layers.0.enorm.weight": torch.zeros(3), "note": "x"})
+
+    run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, change=more)
+    ckpt = fastckpt.open(run, config=config)
+    same(ckpt, hub)
+    assert {"mtp: multi-token prediction", "note: no tensor"} <= {*ckpt.unread}
 
 
 def test_a_converter_writes_all_as_one_process(tmp_path):
@@ -562,6 +604,11 @@ def test_what_torch_dist_must_have(tmp_path):
     cases = [
         ({f"{fc1}_w": stacked[:, :96]}, {fc1}, "wanted it whole, or its halves _w and _v"),
         ({f"{fc1}_w": stacked[:, :96], f"{fc1}_v": stacked[:, 96:]}, (), "wanted it whole, or its halves"),
+        (
+            {f"{fc1}_w": stacked[:, :96], f"{fc1}_v": stacked[:, 96:].double()},
+            {fc1},
+            "halves of .* and float64",
+        ),
         ({"decoder.layers.0.mlp.linear_fc1.weight": stacked[0]}, (), "two tensors would be decoder.layers.0"),
         ({"decoder.layers.input_layernorm.weight": torch.zeros(2, 64)}, (), "two tensors would be"),
         ({f"optimizer.state.fp32_param.{fc1}": torch.zeros(2, 1, 1, 192 * 64)}, (), "flattened masters"),
@@ -580,6 +627,11 @@ def test_what_torch_dist_must_have(tmp_path):
 def test_a_save_that_is_not_finished_or_of_another_backend(tmp_path):
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
+    (tmp_path / "list").mkdir()
+    root = dist(tmp_path / "list", keys)
+    torch.save([1, 2], root / "common.pt")
+    with pytest.raises(SourceError, match="wanted a dict, got list"):
+        fastckpt.open(root)
     with pytest.raises(SourceError, match=r"without metadata.json: not finished"):
         fastckpt.open(dist(tmp_path, keys, record=None))
     (tmp_path / "zarr").mkdir()

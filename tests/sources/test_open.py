@@ -120,8 +120,17 @@ def test_an_output_of_one_rank(tmp_path):
     assert (ckpt.format, list(ckpt), dict(ckpt.aliases)) == ("served", ["a", "b"], {"c": "a"})
     assert (reading.read(ckpt["c"]) == reading.bits(TENSORS["a"])).all()
     assert ckpt.facts["made from"]["format"] == "memory"
+    with pytest.raises(SourceError, match="out: no tensor 'nope' among 2"):
+        ckpt["nope"]
     renamed = sources.open(path, rename=[("^", "x.")])
     assert (list(renamed), dict(renamed.aliases)) == (["x.a", "x.b"], {"x.c": "x.a"})
+
+
+def test_an_output_s_tied_pair_is_left_out_by_rename_as_one(tmp_path):
+    path = served(tmp_path / "out")
+    for left_out, names in (("c", ["a", "b"]), ("[ac]", ["b"])):
+        assert list(sources.open(path, rename=[(f"^{left_out}$", "")])) == names
+    refuses(path, "c is tied to a, which rename leaves out", rename=[("^a$", "")])
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,13 @@ def test_index_rules(tmp_path):
     refuses(tmp_path, "'a' stands twice")
 
 
+def test_several_indexes(tmp_path):
+    save_file(TENSORS, tmp_path / "a-1.safetensors")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
+    refuses(tmp_path, "several indexes: a.safetensors.index.json, b.safetensors.index.json; open the one")
+
+
 def test_an_index_that_names_too_little(tmp_path):
     save_file(TENSORS, tmp_path / "model-1.safetensors")
     placed = {n: "model-1.safetensors" for n in TENSORS if n != "b"}
@@ -187,6 +194,8 @@ BROKEN = {
     "overflow": ({"a": entry(0, 4, (1 << 40, 1 << 40))}, 4, "wanted"),
     "zero times huge": ({"a": entry(0, 0, (0, 1 << 63))}, 0, "are no tensor's"),
     "negative": ({"a": entry(0, 4, (-1,))}, 4, "are no tensor's"),
+    "no list": ({"a": entry(0, 4) | {"shape": 1}}, 4, "shape 1, data_offsets [0, 4] are no tensor's"),
+    "half an element": ({"a": entry(0, 4, (3,), "F4")}, 4, "a: float4_e2m1fn_x2: [3] does not"),
     "backwards": ({"a": entry(4, 0)}, 4, "are no tensor's"),
     "a bool": ({"a": entry(0, 4, (True,))}, 4, "are no tensor's"),
     "dtype": ({"a": entry(0, 4, dtype="F3")}, 4, "dtype 'F3' is none of"),

@@ -45,6 +45,13 @@ def test_what_accelerate_puts_beside_a_gathered_model(tmp_path):
     assert sorted(ckpt.unread) == sorted(f"{name}.bin: not a part of the weights" for name in beside)
 
 
+def test_what_a_module_keeps_beside_its_weights_is_none(tmp_path):
+    torch.save(TENSORS | {"x._extra_state": {"scale": torch.ones(1)}}, tmp_path / "x.pt")
+    assert "x._extra_state" not in sources.open(tmp_path / "x.pt")
+    torch.save(TENSORS | {"x": {"scale": torch.ones(1)}}, tmp_path / "x.pt")
+    refuses(tmp_path / "x.pt", "tensors beside dicts of tensors")
+
+
 def test_shards_with_an_index(tmp_path):
     placed = {}
     for k, (name, t) in enumerate(TENSORS.items()):

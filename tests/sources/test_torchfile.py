@@ -7,12 +7,14 @@ import enum
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -359,6 +361,42 @@ def test_local_sizes_without_a_descriptor(good: Path, tmp_path: Path) -> None:
         _refused(make.patched(plain, tmp_path / f"{k}.pt", at + shift, b"\x01"), "disagrees")
 
 
+def test_local_sizes_in_a_zip64_field(good: Path, tmp_path: Path) -> None:
+    """As zipfile writes a record whose size it does not know before."""
+    path = tmp_path / "g.pt"
+
+    def written(field: Callable[[bytes], bytes]) -> Path:
+        with zipfile.ZipFile(path, "w") as z:
+            for name, data in make.records(good).items():
+                with z.open(zipfile.ZipInfo(name), "w", force_zip64=True) as f:
+                    f.write(data)
+        data = path.read_bytes()
+        at = make.local_at(path, "f/data/0") + 30 + len("f/data/0")
+        path.write_bytes(data[:at] + field(data[at : at + 20]) + data[at + 20 :])
+        return path
+
+    assert torchfile.load(written(lambda field: field)).root["a"].numel == 100  # type: ignore[index]
+    _refused(written(lambda field: field[:4] + struct.pack("<QQ", 400, 401)), "disagrees with the directory")
+    _refused(
+        written(lambda field: field[:2] + b"\x08\0" + field[4:12] + b"\1\0\4\0" + bytes(4)),
+        "two zip64 fields",
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "match"), [(0, "has entries of 0"), (0xFFF, "the zip directory of 4095 records has")]
+)
+def test_records_that_are_counted_otherwise(good: Path, tmp_path: Path, count: int, match: str) -> None:
+    plain = make.write_zip(tmp_path / "plain.pt", make.records(good))
+    at = plain.stat().st_size - 22 + 8
+    _refused(make.patched(plain, tmp_path / "g.pt", at, struct.pack("<HH", count, count)), match)
+
+
+def test_a_zip_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "f.pt").write_bytes(b"PK\3\4" + b"PK\5\6" + bytes(4) + struct.pack("<HHIIH", 0, 0, 0, 4, 0))
+    _refused(tmp_path / "f.pt", "a zip file without /data.pkl")
+
+
 def test_records_that_overlap(good: Path, tmp_path: Path) -> None:
     at = make.central_at(good, "f/data/1")
     where = struct.pack("<I", make.local_at(good, "f/data/0") + 64)
@@ -466,6 +504,11 @@ REBUILDS = {
     "huge": (b"QK\x00Kd", b"QK\x00\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", "shape is"),
     "many axes": (b"QK\x00Kd", b"QK\x00KdKd", "requires_grad is a tuple"),
     "length": (b"Kd\x85q\x06K\x01\x85", b"Kd\x85q\x06K\x01K\x01\x86", "differ in length"),
+    "beyond": (
+        b"q\x04Kdt",
+        b"q\x04\x8a\x08" + struct.pack("<q", 1 << 61) + b"t",
+        "storage 0 has 9223372036854775808 bytes",
+    ),
     "word": (b"X\x07\x00\x00\x00storage", b"X\x07\x00\x00\x00storagf", "persistent id"),
 }
 
@@ -476,6 +519,66 @@ def test_tensors_outside_their_storage(tmp_path: Path, fault: str) -> None:
     torch.save(torch.arange(100.0), path)
     old, new, match = REBUILDS[fault]
     _refused(make.repickled(path, tmp_path / "g.pt", _swap(old, new)), match)
+
+
+class Made:
+    """Pickled as a call of `function`."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+def _storage() -> object:
+    return torch.arange(6.0).storage()
+
+
+U, V2, V3 = torch._utils, torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3
+FORMED = {
+    "tensor": (lambda: Made(U._rebuild_tensor, _storage(), 0, (6,)), "3 arguments; wanted 4"),
+    "tensor 2": (lambda: Made(V2, _storage(), 0, (6,), (1,)), "4 arguments; wanted 6 or 7"),
+    "tensor 3": (lambda: Made(V3, _storage(), 0), "2 arguments; wanted 7 or 8"),
+    "no dtype": (lambda: Made(V3, _storage(), 0, (6,), (1,), False, None, None), "its dtype is None"),
+    "a dtype": (lambda: Made(V3, _storage(), 0, (6,), (1,), False, None, 3), "its dtype is a int"),
+    "parameter": (lambda: Made(U._rebuild_parameter, 1, True), "2 arguments; wanted 3 or 4"),
+    "of what": (lambda: Made(U._rebuild_parameter, 1, True, None), "not made of a tensor and a bool"),
+    "grad": (lambda: Made(U._rebuild_parameter, torch.ones(1), 1, None), "not made of a tensor and a bool"),
+    "arguments": (
+        lambda: Made(torch._tensor._rebuild_from_type_v2, V2, torch.nn.Parameter, 3, {}),
+        "arguments of torch._utils._rebuild_tensor_v2 are a int",
+    ),
+    "device": (lambda: Made(torch.device, 3), "wanted a device type and an index"),
+}
+
+
+@pytest.mark.parametrize("case", FORMED)
+def test_calls_that_make_no_tensor(tmp_path: Path, case: str) -> None:
+    made, match = FORMED[case]
+    torch.save({"x": made()}, tmp_path / "f.pt")
+    _refused(tmp_path / "f.pt", match)
+
+
+def test_the_oldest_way_to_make_a_tensor(tmp_path: Path) -> None:
+    torch.save(
+        {
+            "x": Made(U._rebuild_tensor, _storage(), 1, (2, 2), (2, 1)),
+            "s": Made(torch.Size, [2, 3]),
+            "p": Made(
+                U._rebuild_parameter, Made(V2, _storage(), 0, (6,), (1,), False, OrderedDict()), True, None
+            ),
+        },
+        tmp_path / "f.pt",
+    )
+    ours = torchfile.load(tmp_path / "f.pt")
+    root: Any = ours.root
+    assert make.elements(ours, root["x"]).tolist() == [[1, 2], [3, 4]]
+    assert root["s"] == (2, 3) and root["p"].requires_grad
+
+
+def test_more_than_a_pickle(good: Path, tmp_path: Path) -> None:
+    _refused(make.repickled(good, tmp_path / "g.pt", lambda data: data + b"."), "its pickle ends at byte")
 
 
 def test_storages_that_contradict(tmp_path: Path) -> None:
@@ -508,14 +611,46 @@ def test_legacy_views(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=False).tolist() == [4, 5, 6]
     path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x06K\x05\x87t"))
     _refused(path, "elements .6, 11. of storage")
+    path.write_bytes(data.replace(old, b"K\nX\x01\x00\x00\x00vK\x04\x86t"))
+    _refused(path, "the view of storage .* is not .key, offset, numel.")
+    whole = torch.arange(10.0)
+    first, last = (b"K\nX\x01\x00\x00\x00vK" + k + b"K\x05\x87t" for k in (b"\x04", b"\x05"))
+    data = _legacy(path, [whole[:3], whole[5:]])
+    path.write_bytes(data.replace(old, first, 1).replace(old, last, 1))
+    _refused(path, "storage v is a slice of .* here and something else before")
+    data = _legacy(path, [whole[:3], torch.arange(10.0)])
+    key = re.findall(rb"X\x0f?.\0\0\0\d+", data, re.DOTALL)[1]
+    path.write_bytes(data.replace(old, b"K\n" + key + b"K\x04K\x05\x87t", 1))
+    _refused(path, "is held and is a slice of")
 
 
-def test_legacy_long_pickle(tmp_path: Path) -> None:
+def test_bytes_of_a_storage_without_a_type(tmp_path: Path) -> None:
+    tensor = torch.arange(5, dtype=torch.uint8)
+    torch.save([tensor, tensor.untyped_storage()], tmp_path / "f.pt")
+    ours = torchfile.load(tmp_path / "f.pt")
+    root: Any = ours.root
+    assert make.elements(ours, root[0]).tolist() == [0, 1, 2, 3, 4]
+    assert root[1].nbytes == root[0].storage.nbytes == 5 and root[1].key == root[0].storage.key
+
+
+def test_legacy_modules_are_records(tmp_path: Path) -> None:
+    """With the source text of their class."""
+    net = torch.nn.Linear(2, 3)
+    _legacy(tmp_path / "f.pt", {"net": net, "w": net.weight})
+    ours = torchfile.load(tmp_path / "f.pt")
+    root: Any = ours.root
+    assert root["net"].name == "torch.nn.modules.linear.Linear"
+    assert make.elements(ours, root["w"]).tolist() == net.weight.tolist()
+
+
+def test_legacy_long_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value = {"text": "x" * (3 << 20), "w": torch.arange(5)}
     path = tmp_path / "f.pt"
     _legacy(path, value)
     ours = torchfile.load(path)
     assert _same(ours, ours.root, value) == 1
+    monkeypatch.setattr(torchfile, "MAX_PICKLE", 1 << 20)
+    _refused(path, "its pickles have more than 1048576 bytes")
 
 
 def test_legacy_faults(tmp_path: Path) -> None:
@@ -532,6 +667,9 @@ def test_legacy_faults(tmp_path: Path) -> None:
     refused(data[: len(data) // 2], "truncated|the file has")
     refused(data[:20], "truncated")
     refused(data.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"), "little")
+    refused(
+        re.sub(rb"\x80\x02\]q\x00\(X.*?e\.", b"\x80\x02]K\x01a.", data, flags=re.DOTALL), "no list of strings"
+    )
     refused(data.replace(b"\x80\x02M\xe9\x03.", b"\x80\x02M\xea\x03."), "protocol")
     count = struct.pack("<q", 10) + struct.pack("<f", 0)
     refused(data.replace(count, struct.pack("<q", 9) + struct.pack("<f", 0)), "9 elements")
@@ -548,3 +686,21 @@ def test_a_file_that_changes_is_refused(good: Path) -> None:
         f.write(b"x")
     with pytest.raises(SourceError, match="changed"):
         Reader(seen)
+
+
+def test_a_file_that_shrinks_while_it_is_read(good: Path) -> None:
+    from fastckpt.extents import File
+    from fastckpt.sources.samples import read_all
+    from fastckpt.sources.torchzip import Reader
+
+    with Reader(seen := File.at(good)) as reader:
+        with pytest.raises(SourceError, match="are outside a file of"):
+            reader.read_through(seen.nbytes - 3, 4)
+        os.truncate(good, 100)
+        with pytest.raises(SourceError, match=f"the file, of {seen.nbytes} bytes, now ends at 100"):
+            reader.read_through(90, 20)
+    with pytest.raises(SourceError, match="ends before byte 110"):
+        read_all(str(good), [(0, 4), (90, 20)])
+    good.unlink()
+    with pytest.raises(SourceError, match="No such file"):
+        read_all(str(good), [(0, 4)])

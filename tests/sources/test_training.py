@@ -120,7 +120,8 @@ def resigned(step: Path, name: str, change: Callable[[Any], None]) -> None:
     body = json.loads((step / name).read_text())
     change(body)
     (step / name).write_text(json.dumps(body))
-    changed(step, lambda r: r["files"][name].update(digest=digest((step / name).read_bytes())))
+    said = {"digest": digest((step / name).read_bytes())}
+    changed(step, lambda r: ({**r["files"], **r["ranks"][0]["files"]})[name].update(said))
 
 
 NAMED = "net.0.weight"
@@ -134,6 +135,7 @@ NAMED = "net.0.weight"
         ("tensors.json", lambda t: t[NAMED].update(shape=[9, 5]), "its boxes have 35 elements"),
         ("tensors.json", lambda t: t[NAMED].update(shape=[35]), "a box of other axes"),
         ("tensors.json", lambda t: t[NAMED].update(boxes=[]), "its boxes have 0 elements"),
+        ("tensors.json", lambda t: t[NAMED].update(boxes=[[0, [0, 0]]]), "is no box of tensors.json"),
         ("tensors.json", lambda t: t[NAMED]["boxes"].append(t[NAMED]["boxes"][0]), "70 elements"),
         ("tensors.json", lambda t: t[NAMED]["boxes"][0].__setitem__(0, 5), "of rank 5 is not on this disk"),
         ("fastckpt.json", lambda r: of(r).update(nbytes=8), r"shape \(7, 5\) of float32 is not 8 bytes"),
@@ -157,6 +159,33 @@ def test_records_that_are_signed_and_wrong(
     assert set(fastckpt.open(step)) == set(model(1).state_dict())
     resigned(step, name, change)
     with pytest.raises(SourceError, match=said):
+        fastckpt.open(step)
+
+
+def test_a_tied_name_with_a_tensor_of_its_own(tmp_path: Path) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    change = {"aliases": {NAMED: "net.0.bias"}}
+    resigned(step, "rank-00000/state.json", lambda state: state.update(change))
+    with pytest.raises(SourceError, match=f"{NAMED} is a tensor of its own and is tied to net.0.bias"):
+        fastckpt.open(step)
+
+
+def test_several_engines(tmp_path: Path) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    tree = {"dict": [[name, {"engine": name}] for name in ("actor", "critic")]}
+    resigned(step, "rank-00000/state.json", lambda state: state.update(tree=tree))
+    with pytest.raises(SourceError, match="2 engines; open the directory of one of them"):
+        fastckpt.open(step)
+
+
+def test_ranks_states_that_are_not_theirs(tmp_path: Path) -> None:
+    step = committed(tmp_path, lambda r: {"net": model(1)})
+    name = "rank-00000/state.json"
+    resigned(step, name, lambda state: state.update(rank=1))
+    with pytest.raises(SourceError, match=r"state of rank 0: schema .*, rank 1; wanted schema"):
+        fastckpt.open(step)
+    changed(step, lambda r: r["ranks"][0]["files"].pop(name))
+    with pytest.raises(SourceError, match=f"no {name} in the commit; it holds"):
         fastckpt.open(step)
 
 

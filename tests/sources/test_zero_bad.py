@@ -90,6 +90,19 @@ def test_what_may_not_be_listed_beside_the_tags_is_passed_over(tmp_path, monkeyp
     refuses(run, "global_step2: Permission denied")
 
 
+def test_a_disk_that_fails_is_said(tmp_path, monkeypatch):
+    folder = written(tmp_path)
+    listdir = os.listdir
+
+    def failing(path="."):
+        if pathlib.Path(path) == folder:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", failing)
+    refuses(tmp_path, "global_step2: Input/output error")
+
+
 @pytest.mark.timeout(60)
 def test_latest_that_is_no_file(tmp_path):
     written(tmp_path, latest=False)
@@ -427,6 +440,16 @@ def test_module_weights_that_differ_from_the_masters(tmp_path):
     edit(model(folder), change)
     refuses(tmp_path, "b: element 12 of `module` is 3.0 (bfloat16), its master is 1.0", weights="module")
     sources.open(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_copy_of_nan_is_nan(tmp_path, dtype):
+    master = torch.float64 if dtype is torch.float64 else torch.float32
+    params = PARAMS | {"b": torch.full((13,), float("nan"))}
+    write_zero(tmp_path, params, stage=2, world=2, model_dtype=dtype, master=master)
+    sources.open(tmp_path, weights="module")
+    edit(model(tmp_path / "global_step2"), lambda c: c["module"]["b"].fill_(1))
+    refuses(tmp_path, "b: element 0 of `module` is 1.0", "its master is nan", weights="module")
 
 
 def test_stage_3_has_no_module_weights(tmp_path):

@@ -16,7 +16,7 @@ from ..dtypes import DType, exact
 from ..errors import LayoutError, SourceError
 from ..extents import Extents
 from ..quantisation.rounding import DENSE
-from ..quantisation.schemes import Packed, said_form
+from ..quantisation.schemes import Packed, said_form, said_of
 from ..quantisation.unrounding import per_element
 from ..views import View
 from .dequantised import Dequantised
@@ -39,8 +39,8 @@ def densified(
 
     `dtype`: of the dense matrices; None: the one the config names, else bfloat16. Raises SourceError where
     nothing is quantised, or something is in a way that is not read."""
-    dense_config = dict(config) if config is not None else None
-    quantization = dense_config.pop("quantization_config", None) if dense_config is not None else None
+    dense_config = None if config is None else _dense_config(config)
+    quantization = said_of(config or {})
     found = {p.name: p for p in _found(ckpt, quantization if isinstance(quantization, dict) else {})}
     if not found:
         raise SourceError(f"{ckpt.path}: quant none: no tensor of it is quantised in a way that is read")
@@ -69,6 +69,14 @@ def densified(
             raise SourceError(f"{ckpt.path}: {alias} is tied to {holder}, which is quantised: not read")
     beside = tuple(f for f in ckpt.beside if os.path.basename(f.path) != MODELOPT)
     return replace(ckpt, entries=entries, extents=extents, config=dense_config, beside=beside), dense_config
+
+
+def _dense_config(config: Mapping[str, JSON]) -> dict[str, JSON]:
+    """A config that does not speak of quantised matrices, nor does its decoder's."""
+    dense = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(within := config.get("text_config"), dict):
+        dense["text_config"] = {key: value for key, value in within.items() if key != "quantization_config"}
+    return dense
 
 
 def _dense(extents: Extents, at: int, matrix: Dequantised, dtype: DType) -> Callable[[], View]:
@@ -109,7 +117,7 @@ def require_as_stored(ckpt: Checkpoint, dtype: DType, *, scales: bool) -> None:
 
 def instead(config: Mapping[str, JSON] | None) -> str:
     """What a message adds where a quantised source is in the way: how it is made dense, if it can be."""
-    quantization = (config or {}).get("quantization_config")
+    quantization = said_of(config or {})
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is None or method in KNOWN:
         return '; quant="none" (--quant none) makes dense weights'
@@ -212,11 +220,14 @@ def _grid(
 def _group(inputs: int, groups: int, quantization: Mapping[str, JSON]) -> int:
     """How many inputs share one of so many scales: what the config says, where the last group may be short,
     or else equal parts; 0 where neither gives so many."""
-    for group in (quantization, *_groups(quantization)):
-        size = group.get("group_size", group.get("q_group_size"))
-        if isinstance(size, int) and size > 0 and -(-inputs // size) == groups:
-            return size
-    return 0 if inputs % groups else inputs // groups
+    said = [g.get("group_size", g.get("q_group_size")) for g in (quantization, *_groups(quantization))]
+    sizes = {n for n in said if isinstance(n, int) and n > 0 and -(-inputs // n) == groups}
+    if len(sizes) > 1:
+        each = ", ".join(map(str, sorted(sizes)))
+        raise SourceError(f"quantization_config: groups of {each} all make {groups} of {inputs} inputs")
+    if sizes:
+        return sizes.pop()
+    return 0 if not groups or inputs % groups else inputs // groups
 
 
 def _bytes(ckpt: Checkpoint, name: str, quantization: Mapping[str, JSON]) -> Dequantised:
@@ -230,7 +241,10 @@ def _bytes(ckpt: Checkpoint, name: str, quantization: Mapping[str, JSON]) -> Deq
     scales, shared = _grid(name, factors, shape, _block(quantization, inverse), quantization)
     zeros = None
     if _shifted(ckpt, name, quantization):
-        zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point").reshape(scales.shape)
+        zeros = _whole(_view(ckpt, f"{name}_zero_point"), f"{name}_zero_point")
+        if zeros.numel != scales.numel:
+            raise SourceError(f"{name}_zero_point: got shape {zeros.shape}, its scales have {scales.shape}")
+        zeros = zeros.reshape(scales.shape)
     return Dequantised(name, shape, values, scales, shared, zeros)
 
 
@@ -310,8 +324,10 @@ def _pairs(ckpt: Checkpoint, name: str, held: str, quantization: Mapping[str, JS
 
     `held`: the tensor that holds the values."""
     values, scales = _view(ckpt, held), _view(ckpt, f"{name}_scale")
-    if len(values.shape) != 2 or _shifted(ckpt, name, quantization):
-        raise SourceError(f"{held}: bytes of shape {values.shape}, or zero points, are not read")
+    if len(values.shape) != 2 or len(scales.shape) != 2:
+        raise SourceError(f"{held}: bytes of shape {values.shape}, scales of {scales.shape} are not read")
+    if _shifted(ckpt, name, quantization):
+        raise SourceError(f"{held}: four-bit floats with zero points are not read")
     shape = (values.shape[0], 2 * values.shape[1])
     whole, multiplied, each = None, held == name, 32
     if scales.dtype is dtypes.float8_e4m3fn:
@@ -361,7 +377,7 @@ def _by_groups(ckpt: Checkpoint, stem: str, quantization: Mapping[str, JSON]) ->
     packed: Packed = "awq" if method == "awq" else "down"
     tall, wide = per_element(f"{packed}{bits}")
     inputs = values.shape[0] * tall
-    fits = values.shape[1] == outputs // wide and zeros.shape == (groups, -(-outputs // many))
+    fits = values.shape[1] * wide == outputs and zeros.shape == (groups, -(-outputs // many))
     if not fits or not (each := _group(inputs, groups, quantization)):
         raise SourceError(f"{name}: {values.shape}, {scales.shape} and {zeros.shape} do not fit each other")
     dense = Dequantised(name, (outputs, inputs), values, scales, (1, each), zeros, packed, bits, turned=True)

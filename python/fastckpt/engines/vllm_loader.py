@@ -101,7 +101,9 @@ def placement_of(model_config: ModelConfig, parallel: ParallelConfig) -> Placeme
 
 def unknown(model_config: ModelConfig, parallel: ParallelConfig) -> dict[str, object]:
     """What would make tensors of this module another's than the layout's: name -> what was asked."""
-    stored = getattr(model_config.hf_config, "quantization_config", None) or {}
+    configs = (model_config.hf_config, model_config.hf_text_config)  # as vLLM looks for it
+    told = (getattr(config, "quantization_config", None) for config in configs)
+    stored: dict[str, object] = next(filter(None, told), {})
     method = stored.get("quant_method")  # vLLM's own word for AWQ and GPTQ begins with auto_
     other = None if model_config.quantization in (method, f"auto_{method}") else model_config.quantization
     return {

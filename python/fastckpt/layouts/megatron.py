@@ -29,6 +29,7 @@ from .requirements import (
     require_even,
     require_heads,
     require_heads_alike,
+    require_known,
     require_least,
     require_neighbours,
     require_no_scalars,
@@ -162,6 +163,7 @@ class Megatron:
         return padded_part(view, self.vocab_padding * placement.tp, placement.tp_rank, placement.tp)
 
     def _layer(self, at: str, layer: Layer, sizes: Sizes, placement: Placement) -> Iterator[Target]:
+        require_known("megatron", layer)
         for extra in (layer.attention_after, layer.mlp_after):
             if extra is not None:
                 raise LayoutError(f"layout megatron has no place for {extra.name}")

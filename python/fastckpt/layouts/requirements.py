@@ -148,6 +148,18 @@ def require_no_scalars(layout: str, mlp: Mlp) -> None:
         raise LayoutError(f"layout {layout} has no place for {role.name}")
 
 
+def require_known(layout: str, layer: Layer, *, vision: bool = False) -> None:
+    """Raises LayoutError for what only layers beside an encoder have, and for matrices of image tokens where
+    there is no place for `vision`. A user's own recipe may make any layer."""
+    attention = layer.attention
+    relative = attention.relative if isinstance(attention, Attention) else None
+    cross = None if layer.cross is None else layer.cross.o
+    images = None if layer.vision is None or vision else layer.vision.attention.o
+    for role in (cross, layer.cross_norm, relative, images):
+        if role is not None:
+            raise LayoutError(f"layout {layout} has no place for {role.name}")
+
+
 _OTHERS: Mapping[type, str] = {
     ShortConv: "a short convolution",
     Selective: "a Mamba mixer",

@@ -19,6 +19,7 @@ from ..views import cat, stack
 from .requirements import (
     require_alike,
     require_heads_alike,
+    require_known,
     require_neighbours,
     require_no_scalars,
     two_blocks,
@@ -55,6 +56,7 @@ def layer_weights(
     """A layer's weights; `experts`: which expert each place of a mixture holds.
 
     Raises LayoutError for a role the engine has no name for."""
+    require_known("rtp_llm", layer, vision=True)
     attention, mlp = two_blocks("rtp_llm", layer)
     yield from _norms(layer, model)
     if isinstance(attention, Mla):

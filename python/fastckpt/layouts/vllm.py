@@ -38,6 +38,7 @@ from .requirements import (
     require_delta,
     require_even,
     require_heads,
+    require_known,
     require_least,
     require_mamba,
     require_pad,
@@ -235,6 +236,7 @@ class Vllm:
         self, layer: Layer, model: Model, placement: Placement, share: Share, engine: Served
     ) -> Iterator[Target]:
         form, as_hub, rates = engine.form(model.quant_method), engine.hub_rows, bool(self.engine)
+        require_known("vllm", layer)
         yield from norm(layer.attention_norm)
         if layer.attention is not None:
             yield from attention_part(layer.attention, model, placement, as_hub, rates=rates)

@@ -67,6 +67,22 @@ def text(
     return (json.dumps(told, indent=2) + "\n").encode()
 
 
+def older(config: Mapping[str, JSON], cast: DType | None) -> dict[str, JSON]:
+    """What transformers 4 called what a config of transformers 5 says of dtype and rotary positions, where it
+    does not say that too; `cast`: what the floats become. A program that knows those keys alone takes its own
+    defaults for what they lack."""
+    here, there = dtypes.CONFIG_KEYS
+    told: dict[str, JSON] = {there: config.get(here) if cast is None else cast.name}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        alone = "rope_theta", "partial_rotary_factor"
+        told |= {key: rope.get(key) for key in alone}
+        scaling = {key: value for key, value in rope.items() if key not in alone}
+        told["rope_scaling"] = {**scaling, "type": kind} if kind != "default" else None
+    return {key: value for key, value in told.items() if value is not None and config.get(key) is None}
+
+
 def _typed(config: Mapping[str, JSON], cast: DType) -> dict[str, JSON]:
     """The keys of a config, and of those within it, that name another dtype than `cast`, and what they
     become: programs load by what a config says, and round without a word what the files hold."""

@@ -25,7 +25,7 @@ from ..model import Model, Sizes
 from ..placement import Placement
 from ..quantisation import quantised_config
 from ..quantisation.quantised_targets import Expansion
-from ..quantisation.schemes import SCHEMES, Quant
+from ..quantisation.schemes import SCHEMES, Quant, said_of
 from ..recipes import strangers
 from ..target import Target
 from . import configs
@@ -226,6 +226,8 @@ def _by_roles(
     options["config"] = values_digest(dict(config))
     resized = layout.resized(model, request.placement) if isinstance(layout, Resizes) else {}
     changed = quantised_config.served_config(config, ckpt.entries) if engine else {}
+    if name == "rtp_llm":
+        changed = configs.older(config, dtype)
     if resized or changed:
         options["resized"] = {key: config.get(key) for key in (*configs.sized(config, resized), *changed)}
     resolved = Resolved(
@@ -318,7 +320,7 @@ def _require_dense(quant: Quant, request: Request, naming: Naming, config: Mappi
     """Raises LayoutError where the output, or the source as its config has it, cannot be quantised."""
     if request.only is not None or naming.single.endswith(".bin"):
         raise LayoutError(f"quant {quant.scheme.name}: wanted safetensors or fresh tensors as the output")
-    if config is not None and "quantization_config" in config:
+    if config is not None and said_of(config) is not None:
         raise LayoutError(
             f"quant {quant.scheme.name}: the config says that the source is quantised already"
             f"{quantised_sources.instead(config)}"

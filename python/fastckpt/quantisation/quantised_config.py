@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..checkpoint import JSON
 from ..errors import LayoutError
-from .schemes import Quant, Scheme, tower
+from .schemes import Quant, Scheme, said_of, tower
 
 
 def quantization_config(quant: Quant, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, JSON]:
@@ -181,7 +181,7 @@ def served_config(config: Mapping[str, JSON], names: Iterable[str]) -> dict[str,
     """What config.json must also say for vLLM. Of GPTQ, which of the hub's modules are quantised: else vLLM
     looks for them among the names in the files, where modules are fused. Of fp8 and AWQ, how vLLM calls those
     of a tower that are not, where newer files have its layers right in `vision_tower`."""
-    said = config.get("quantization_config")
+    said = said_of(config)
     if not isinstance(said, dict):
         return {}
     left = said.get("modules_to_not_convert")

@@ -299,6 +299,15 @@ def tower(name: str) -> str:
     return next((part for part in name.split(".") if part in TOWERS), "")
 
 
+def said_of(config: Mapping[str, object]) -> object:
+    """A config's quantization_config: its own, else that of its text_config, as Kimi K2.5's hub has it; None
+    where there is none."""
+    within = config.get("text_config")
+    if config.get("quantization_config") is None and isinstance(within, dict):
+        return within.get("quantization_config")
+    return config.get("quantization_config")
+
+
 def said_form(said: Mapping[str, object], older: str) -> str | None:
     """What a quantization_config calls the form of AWQ's or GPTQ's integers, under an `older` key or "format"
     (transformers 5, GPTQConfig and AwqConfig); both, where the two differ; None where it says nothing."""

@@ -16,7 +16,7 @@ from typing import cast
 from ..checkpoint import JSON, Checkpoint
 from ..errors import RecipeError
 from ..model import Model
-from ..quantisation.schemes import MICROSCALED, said_form
+from ..quantisation.schemes import MICROSCALED, said_form, said_of
 from . import imagining
 from .known import Known, Recipe
 
@@ -199,7 +199,7 @@ def named(name: str) -> Recipe:
 
 def model(recipe: Recipe, ckpt: Checkpoint, config: Mapping[str, JSON], vocab_size: int | None) -> Model:
     """The model as the recipe reads it, with its `quant_method` and `architecture` from the config."""
-    said, classes = config.get("quantization_config"), config.get("architectures")
+    said, classes = said_of(config), config.get("architectures")
     return replace(
         recipe(ckpt, config, vocab_size=vocab_size),
         quant_method=_quant_method(said) if isinstance(said, dict) else "",

@@ -213,8 +213,11 @@ def _boxed(shape: Sizes, state: object) -> Boxed:
         if not isinstance(tensor, Tensor):
             raise SourceError(f"a ShardedTensor's part is {type_name(tensor)}")
         size = integers(where.get("shard_sizes"), "a ShardedTensor's part: its size")
-        if size != tensor.shape or len(origin) != len(shape):
-            raise SourceError(f"a ShardedTensor's part has {list(tensor.shape)}, its record another shape")
+        if size != tensor.shape or not len(origin) == len(size) == len(shape):
+            raise SourceError(
+                f"a ShardedTensor's part has {list(tensor.shape)}, its record says {list(size)} at "
+                f"{list(origin)} of {list(shape)}"
+            )
         if tensor.numel:
             boxes.append((origin, tensor))
     return Boxed(shape, tuple(boxes))

@@ -42,7 +42,7 @@ def args_of(state: object) -> dict[str, JSON]:
     if not isinstance(state, dict):
         raise SourceError(f"wanted a dict, got {type_name(state)}")
     version = state.get("checkpoint_version", OLDEST)
-    if not isinstance(version, int | float) or version < OLDEST:
+    if not isinstance(version, int | float) or not version >= OLDEST:  # NaN is no version
         raise SourceError(
             f"checkpoint_version {version!r}: wanted {OLDEST} or later; Megatron-LM can load and save it anew"
         )

@@ -57,9 +57,11 @@ def read(path: str, options: Options) -> Checkpoint:
                 f"{NAME} says {entry.dtype}{list(entry.shape)}"
             )
     tied = {names[alias]: names[holder] for alias, holder in shard.aliases.items() if names[alias]}
-    for alias, holder in tied.items():
-        if holder not in found.entries:
-            raise SourceError(f"{record}: alias {alias} of {holder}, which is no tensor")
+    for alias, holder in shard.aliases.items():
+        if names[alias] and names[holder] not in found.entries:
+            raise SourceError(
+                f"{record}: {alias} is tied to {holder}, which rename leaves out: not of one alone"
+            )
     return replace(
         found, format="served", aliases={**found.aliases, **tied}, facts={**found.facts, **_facts(manifest)}
     )

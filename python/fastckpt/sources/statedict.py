@@ -69,8 +69,7 @@ def state_dict(root: object) -> StateDict:
     if not isinstance(root, dict):
         raise SourceError(f"wanted a dict of tensors, got {type_name(root)}")
     if not root or _has_tensors(root):
-        nested = [k for k, v in root.items() if _has_tensors(v)]
-        if nested:
+        if any(_has_tensors(v) and not str(k).endswith("_extra_state") for k, v in root.items()):
             raise SourceError(f"tensors beside dicts of tensors; keys: {_keys(root)}")
         return _flat(root)
     if "param_shapes" in root or {"optimizer_state_dict", "ds_version"} <= root.keys():

@@ -83,6 +83,9 @@ def read(path: str, options: Options) -> Checkpoint:
     options.refuse_also(path)
     options.refuse_crc(path)
     tied = aliases_of(state)
+    for alias, holder in tied.items():
+        if alias in commit.table:
+            raise SourceError(f"{path}: {alias} is a tensor of its own and is tied to {holder}")
     names = names_in(state.get("tree"))
     chosen = [n for n in names if not modules or any(not m or n.startswith(f"{m}.") for m in modules)]
     own = [n for n in chosen if tied.get(n, n) not in commit.table]
