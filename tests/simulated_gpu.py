@@ -236,7 +236,11 @@ class There(torch.Tensor):
                     raise RuntimeError(f"{name}: Expected all tensors to be on the same device")
                 if name not in VIEWS and state.capturing is None:
                     current_stream(DEVICE).drain()
-        return super().__torch_function__(func, types, args, kwargs)
+        out = super().__torch_function__(func, types, args, kwargs)
+        if func == torch.Tensor.grad.__get__ and out is not None:  # torch's own backward makes plain tensors
+            with plain():
+                return out.as_subclass(There)
+        return out
 
     def copy_(self, source, non_blocking=False):
         return transfer(self, source, non_blocking)
@@ -504,6 +508,7 @@ def install() -> None:
         "_sleep": lambda cycles: None,
     }.items():
         setattr(torch.cuda, name, value)
+    torch.accelerator.synchronize = synchronize
     state.device = DEVICE.index
     compiled.built_with_cuda, compiled.cuda_archs = True, "none"
     compiled.device_state = lambda: {"devices": 2, "driver": 13000, "runtime": 13000, "error": 0, "why": ""}

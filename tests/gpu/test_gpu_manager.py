@@ -14,8 +14,10 @@ def state(seed: int) -> dict[str, Any]:
     """A model on the GPU with its optimizer after a step, a strided tensor, a tensor of the host."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
-        torch.nn.Linear(64, 128), torch.nn.LayerNorm(128), torch.nn.Linear(128, 8)
-    ).cuda()
+        torch.nn.Linear(64, 128, device="cuda"),
+        torch.nn.LayerNorm(128, device="cuda"),
+        torch.nn.Linear(128, 8, device="cuda"),
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 64, device="cuda")).square().sum().backward()
     optimizer.step()
