@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from fastckpt.digest import crc32, digest
 from fastckpt.dtypes import BY_NAME
 from fastckpt.output.files import FileLayout, Spec, safetensors_layout
 from fastckpt.output.manifest import Manifest, Origin, Record
 from fastckpt.output.torchzip import torch_layout
 from fastckpt.output.writer import Output
+from safetensors.torch import save_file
 
 RECORD = Record(Origin("/ckpt", "zero", "global_step3", 3, "aa"), "0.1.0", "hf", {"tp": 1}, {})
 SPECS: list[Spec] = [
@@ -24,6 +26,14 @@ SPECS: list[Spec] = [
     ("d.scalar", BY_NAME["int64"], ()),
     ("e.bool", BY_NAME["bool"], (5,)),
 ]
+
+
+def hub_directory(path: Path, config: dict[str, Any], hub: dict[str, torch.Tensor]) -> None:
+    """What save_pretrained leaves: a new directory of one file and its config."""
+    path.mkdir()
+    whole = {n: x.contiguous() for n, x in hub.items()}
+    save_file(whole, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def listing(path: Path) -> list[str]:

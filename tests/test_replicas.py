@@ -15,7 +15,7 @@ from fastckpt import replicas
 from fastckpt.checkpoint import Replica
 from fastckpt.errors import SourceError
 from layouts import tiny
-from outputs import changed
+from outputs import changed, hub_directory
 from safetensors.torch import load_file, save_file
 
 
@@ -27,13 +27,11 @@ def no_plans(monkeypatch):
 def hub_of(path, made):
     """A hub directory of a tiny model, whose tensors have no value twice."""
     config, hub, *_ = made
-    path.mkdir()
     hub = {
         n: torch.arange(x.numel(), dtype=torch.float32).reshape(x.shape) + k
         for k, (n, x) in enumerate(hub.items())
     }
-    save_file(hub, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
+    hub_directory(path, config, hub)
     return hub
 
 

@@ -13,6 +13,7 @@ from fastckpt.errors import FastckptError, LayoutError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, gated, tiny
+from outputs import hub_directory
 from reading import bits, read
 from safetensors.torch import load_file, save_file
 
@@ -24,9 +25,7 @@ def no_plans(monkeypatch):
 
 def hub_of(path, made):
     config, hub, *_ = made
-    path.mkdir()
-    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
+    hub_directory(path, config, hub)
     return hub
 
 

@@ -156,25 +156,14 @@ def test_files_tell_ranks_apart():
 # ---- what is stored beside the weights ----
 
 
-def test_scores_are_never_rounded():
-    config, hub, _ = families.made("deepseek_v3")
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    hub = hub | {name: torch.randn(6)}
-    model = recipes.find(config)(cast(memory(hub), dtypes.bfloat16), config)
-    for served in ("hf", "vllm"):
-        targets = {t.name: t.view for t in layout(served).targets(model, Placement(tp=2))}
-        assert targets[name].dtype is dtypes.float32
-        assert (read(targets[name]).view("f4") == hub[name].numpy()).all()
-        assert targets["model.norm.weight"].dtype is dtypes.bfloat16
-    half = recipes.find(config)(memory(hub | {name: hub[name].bfloat16()}), config)
-    hf, vllm = ({t.name: t.view for t in layout(s).targets(half, Placement())} for s in ("hf", "vllm"))
-    assert hf[name].dtype is dtypes.bfloat16 and vllm[name].dtype is dtypes.float32
+SCORES = "model.layers.1.mlp.gate.e_score_correction_bias"
+ROUTER = "model.layers.0.mlp.gate.weight"
+"""transformers keeps ERNIE's in float32, whatever it loads the rest as; vLLM has them so."""
 
 
-def test_routers_that_are_never_rounded():
-    """transformers keeps ERNIE's in float32, whatever it loads the rest as; vLLM has them so."""
-    config, hub, _ = families.made("ernie4_5_moe")
-    name = "model.layers.0.mlp.gate.weight"
+@pytest.mark.parametrize(("family", "name"), [("deepseek_v3", SCORES), ("ernie4_5_moe", ROUTER)])
+def test_what_chooses_experts_is_never_rounded(family, name):
+    config, hub, _ = families.made(family)
     hub = hub | {name: torch.randn(hub[name].shape)}
     model = recipes.find(config)(cast(memory(hub), dtypes.bfloat16), config)
     for served in ("hf", "vllm"):
@@ -182,6 +171,13 @@ def test_routers_that_are_never_rounded():
         assert targets[name].dtype is dtypes.float32
         assert (read(targets[name]).view("f4") == hub[name].numpy()).all()
         assert targets["model.norm.weight"].dtype is dtypes.bfloat16
+
+
+def test_scores_are_float32_to_vllm():
+    config, hub, _ = families.made("deepseek_v3")
+    half = recipes.find(config)(memory(hub | {SCORES: hub[SCORES].bfloat16()}), config)
+    hf, vllm = ({t.name: t.view for t in layout(s).targets(half, Placement())} for s in ("hf", "vllm"))
+    assert hf[SCORES].dtype is dtypes.bfloat16 and vllm[SCORES].dtype is dtypes.float32
 
 
 def predicting(name):
