@@ -11,23 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..checkpoint import JSON, Checkpoint
-from ..errors import SourceError
-from . import torchfile
-from .options import Options
-from .ranks import check_one_save, check_ranks
-from .samples import check_copy, number, one_axis, read_all
-from .torchfile import Tensor, TorchFile
-from .torchtensors import Opened, by_storage, places
-from .zero_entries import Reading, columns, places_in, places_of
-from .zero_experts import Alignment, in_order, is_expert, sliced_in_sets, spread
-from .zero_files import Files, Grid, find, is_zero
-from .zero_layout import Placed, chained, sliced
-from .zero_opening import Opening, Whole, optim_tensors
-from .zero_order import check_order, comparable, sampled
-from .zero_parts import Parts, trainable
-from .zero_state import ModelState, OptimState, Rank, model_state, optim_state
-from .zero_swapped import swapped_in
+from ...checkpoint import JSON, Checkpoint
+from ...errors import SourceError
+from .. import torchfile
+from ..options import Options
+from ..ranks import check_one_save, check_ranks
+from ..samples import check_copy, number, one_axis, read_all
+from ..torchfile import Tensor, TorchFile
+from ..torchtensors import Opened, by_storage, places
+from .entries import Reading, columns, places_in, places_of
+from .experts import Alignment, in_order, is_expert, sliced_in_sets, spread
+from .files import Files, Grid, find, is_zero
+from .opening import Opening, Whole, optim_tensors
+from .order import check_order, comparable, sampled
+from .partitions import Placed, chained, sliced
+from .parts import Parts, trainable
+from .state import ModelState, OptimState, Rank, model_state, optim_state
+from .swapped import swapped_in
 
 State = TypeVar("State", OptimState, ModelState)
 
@@ -58,7 +58,7 @@ def read(path: str, options: Options) -> Checkpoint:
     ranks = [_rank(path, first, asked)]
     _, tp = _degrees(grid, ranks[0].state)
     ranks += [_rank(path, files, asked) for files in others]
-    from .zero_grid import joined  # most checkpoints have one rank, and are opened without it
+    from .grid import joined  # most checkpoints have one rank, and are opened without it
 
     return joined(path, grid, ranks, options, tp)
 

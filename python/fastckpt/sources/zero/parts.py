@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import SourceError
-from .torchfile import Tensor
-from .torchtensors import place, refuse_unread
-from .zero_layout import Shape
-from .zero_state import ModelState
+from ...errors import SourceError
+from ..torchfile import Tensor
+from ..torchtensors import place, refuse_unread
+from .partitions import Shape
+from .state import ModelState
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import SourceError
-from ..output.manifest import NAME
-from ..paths import ABSENT, content, exists, is_directory, is_file
-from .ranks import check_ranks, natural
+from ...errors import SourceError
+from ...output.manifest import NAME
+from ...paths import ABSENT, content, exists, is_directory, is_file
+from ..ranks import check_ranks, natural
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 MODEL_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")

@@ -16,12 +16,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import SourceError
-from .plain_values import mapping
-from .torchfile import Tensor
-from .zero_autoep import AutoEp, piece
-from .zero_layout import Flat, Placed, Shape, sliced
-from .zero_state import ModelState, OptimState
+from ...errors import SourceError
+from ..plain_values import mapping
+from ..torchfile import Tensor
+from .autoep import AutoEp, piece
+from .partitions import Flat, Placed, Shape, sliced
+from .state import ModelState, OptimState
 
 _LOCAL = re.compile(r"(.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(\d+)(\..*)")
 

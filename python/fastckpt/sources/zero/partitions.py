@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checkpoint import Entry
-from ..dtypes import DType
-from ..errors import SourceError
-from ..extents import Extents
-from ..stored import runs_of_many
-from ..views import Rows, View, zeros
+from ...checkpoint import Entry
+from ...dtypes import DType
+from ...errors import SourceError
+from ...extents import Extents
+from ...stored import runs_of_many
+from ...views import Rows, View, zeros
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from .torchfile import Tensor
-from .zero_layout import Shape
+from ..torchfile import Tensor
+from .partitions import Shape
 
 
 def respelled(

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..dtypes import float32
-from ..errors import SourceError
-from ..extents import File
-from ..paths import is_file
-from .zero_layout import Flat, Shape
-from .zero_opening import Opening
-from .zero_state import ModelState, OptimState
+from ...dtypes import float32
+from ...errors import SourceError
+from ...extents import File
+from ...paths import is_file
+from .opening import Opening
+from .partitions import Flat, Shape
+from .state import ModelState, OptimState
 
 
 def swapped_in(
@@ -61,7 +61,7 @@ def swapped_in(
 
 
 def _part(group: Mapping[str, Shape], world: int) -> int:
-    """The elements of a sub-group in each rank's partition (`zero_layout`)."""
+    """The elements of a sub-group in each rank's partition (`partitions`)."""
     return sum(-(-math.prod(shape) // world) for shape in group.values())
 
 

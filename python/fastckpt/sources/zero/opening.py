@@ -9,21 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..checkpoint import Entry
-from ..errors import SourceError
-from ..extents import Extent, Extents, File
-from ..pipeline import each
-from . import assembly, torchfile
-from .options import Options
-from .torchfile import Tensor, TorchFile, Tree, Wanted
-from .torchtensors import Opened
-from .zero_experts import check_files, tensors
-from .zero_files import Files, check_name
-from .zero_layout import Shape
-from .zero_order import sampled
-from .zero_parts import parts
-from .zero_state import ModelState, OptimState, model_state, optim_state
-from .zero_universal import master, master_file, master_tensors
+from ...checkpoint import Entry
+from ...errors import SourceError
+from ...extents import Extent, Extents, File
+from ...pipeline import each
+from .. import assembly, torchfile
+from ..options import Options
+from ..torchfile import Tensor, TorchFile, Tree, Wanted
+from ..torchtensors import Opened
+from .experts import check_files, tensors
+from .files import Files, check_name
+from .order import sampled
+from .partitions import Shape
+from .parts import parts
+from .state import ModelState, OptimState, model_state, optim_state
+from .universal import master, master_file, master_tensors
 
 THREADS = 8
 """Files opened at a time; the wait is for the file system."""

@@ -10,12 +10,12 @@ import math
 import os
 from dataclasses import replace
 
-from ..errors import SourceError
-from ..paths import is_file
-from ..views import dense_strides
-from .torchfile import Tensor
-from .zero_files import Files
-from .zero_layout import Shape
+from ...errors import SourceError
+from ...paths import is_file
+from ...views import dense_strides
+from ..torchfile import Tensor
+from .files import Files
+from .partitions import Shape
 
 
 def master_file(files: Files, name: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from fastckpt import dtypes
 from fastckpt.errors import SourceError
 from fastckpt.extents import Buffer, Extent, Extents
-from fastckpt.sources.zero_layout import Flat, chained, sliced
+from fastckpt.sources.zero.partitions import Flat, chained, sliced
 from zero_writer import aligned_partition, alignment_paddings, cut, sub_groups
 
 FIRST = {"conv.weight": (7, 13, 3), "up.weight": (13, 7), "head.weight": (53, 13)}

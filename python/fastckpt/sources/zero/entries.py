@@ -1,6 +1,6 @@
 """A ZeRO checkpoint's entries, out of files that are open: buffers, frozen parameters, copies of the weights.
 
-Law: a name is one entry of one kind (`zero_parts`); what a file holds otherwise than another says is a
+Law: a name is one entry of one kind (`parts`); what a file holds otherwise than another says is a
 SourceError.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ..checkpoint import JSON, Checkpoint, Entry, Saved
-from ..dtypes import int8
-from ..errors import SourceError
-from ..extents import Extents
-from .assembly import assemble
-from .torchfile import Tensor
-from .torchtensors import Opened, places
-from .zero_experts import is_expert
-from .zero_layout import Flat, Placed, sliced
-from .zero_opening import Opening, Whole
-from .zero_parts import parts
-from .zero_state import ModelState
+from ...checkpoint import JSON, Checkpoint, Entry, Saved
+from ...dtypes import int8
+from ...errors import SourceError
+from ...extents import Extents
+from ..assembly import assemble
+from ..torchfile import Tensor
+from ..torchtensors import Opened, places
+from .experts import is_expert
+from .opening import Opening, Whole
+from .partitions import Flat, Placed, sliced
+from .parts import parts
+from .state import ModelState
 
 
 class Reading:

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ..errors import SourceError
-from ..views import dense_strides
-from .patterns import compiled
-from .plain_values import integers, listing, mapping
-from .zero_layout import Shape
+from ...errors import SourceError
+from ...views import dense_strides
+from ..patterns import compiled
+from ..plain_values import integers, listing, mapping
+from .partitions import Shape
 
 VERSION, AFFINE_VERSION = 0.4, 1
 """The newest versions of the two descriptions that are known."""

@@ -1,7 +1,7 @@
 """ZeRO checkpoints of one model-parallel rank each, joined: DeepSpeed's tensor and pipeline parallel grids.
 
 Model-parallel rank p * tp + t is tensor-parallel rank t of pipeline stage p. Tensors are cut over the ranks
-of a stage as `zero_cuts` says. A pipeline's 16-bit weights lie in a file a layer (`Layers`), its masters with
+of a stage as `cuts` says. A pipeline's 16-bit weights lie in a file a layer (`Layers`), its masters with
 the stage that trains them; a tied module stands in several stages, once in the result.
 
 Law: what two ranks hold of one tensor must agree where it is compared, or nothing is read.
@@ -16,22 +16,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from ..checkpoint import JSON, Checkpoint, Entry, Replica, moved
-from ..dtypes import DType
-from ..errors import SourceError
-from ..extents import Extents
-from ..views import View, cat, zeros
-from .assembly import assemble
-from .options import Options
-from .plain_values import mapping
-from .ranks import check_one_save
-from .samples import Agreement, samples
-from .torchtensors import places
-from .zero_cuts import Cut, Cuts, Piece
-from .zero_files import Grid
-from .zero_opening import Opening
-from .zero_pipeline import TIED, layers
-from .zero_state import Rank
+from ...checkpoint import JSON, Checkpoint, Entry, Replica, moved
+from ...dtypes import DType
+from ...errors import SourceError
+from ...extents import Extents
+from ...views import View, cat, zeros
+from ..assembly import assemble
+from ..options import Options
+from ..plain_values import mapping
+from ..ranks import check_one_save
+from ..samples import Agreement, samples
+from ..torchtensors import places
+from .cuts import Cut, Cuts, Piece
+from .files import Grid
+from .opening import Opening
+from .pipeline import TIED, layers
+from .state import Rank
 
 
 def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: int) -> Checkpoint:

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..checkpoint import Entry
-from ..errors import SourceError
-from ..extents import Extents
-from .plain_values import mapping
-from .samples import Agreement, check_copy, difference, one_axis
-from .torchfile import Tensor
-from .torchtensors import Opened, refuse_unread
-from .zero_layout import Shape
-from .zero_opening import Whole
-from .zero_parts import trainable
-from .zero_state import ModelState
+from ...checkpoint import Entry
+from ...errors import SourceError
+from ...extents import Extents
+from ..plain_values import mapping
+from ..samples import Agreement, check_copy, difference, one_axis
+from ..torchfile import Tensor
+from ..torchtensors import Opened, refuse_unread
+from .opening import Whole
+from .partitions import Shape
+from .parts import trainable
+from .state import ModelState
 
 TIED = "tied_modules."
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from ..checkpoint import Entry, Single
-from ..errors import SourceError
-from ..views import View, cat
-from .plain_values import listing, mapping
+from ...checkpoint import Entry, Single
+from ...errors import SourceError
+from ...views import View, cat
+from ..plain_values import listing, mapping
 
 KEYS = ("ds_autoep_layers", "autoep_layers")
 """Where model states have it; the second is an older name."""

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard, TypeVar
 
-from ..checkpoint import JSON, Checkpoint
-from ..errors import SourceError
-from .inert import Inert, type_name
-from .plain_values import integers, listing, mapping
-from .torchfile import Tensor
-from .zero_autoep import KEYS as AUTOEP_KEYS
-from .zero_autoep import AutoEp, autoep
-from .zero_layout import Shape
-from .zero_spelling import respelled
+from ...checkpoint import JSON, Checkpoint
+from ...errors import SourceError
+from ..inert import Inert, type_name
+from ..plain_values import integers, listing, mapping
+from ..torchfile import Tensor
+from .autoep import KEYS as AUTOEP_KEYS
+from .autoep import AutoEp, autoep
+from .partitions import Shape
+from .spelling import respelled
 
 Value = TypeVar("Value")
 

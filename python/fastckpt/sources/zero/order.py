@@ -1,6 +1,6 @@
 """Whether each rank's file holds that rank's partition, as far as stages 1 and 2 can tell.
 
-A file says whose it is only in the name under which torch saved it (`zero_files.check_name`), which not every
+A file says whose it is only in the name under which torch saved it (`files.check_name`), which not every
 file has. At stages 1 and 2 `module` holds a 16-bit copy of all weights: a partition that does not match the
 copy in its own place, but matches it in another rank's, is in the wrong file. Stage 3 has no such copy.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import SourceError
-from ..extents import Extents, File
-from ..views import View
-from .samples import COMPARED, number, read_all, same, stored_at
-from .torchpickle import Tensor
-from .zero_layout import Flat, Placed, Shape, elements
+from ...errors import SourceError
+from ...extents import Extents, File
+from ...views import View
+from ..samples import COMPARED, number, read_all, same, stored_at
+from ..torchpickle import Tensor
+from .partitions import Flat, Placed, Shape, elements
 
 SAMPLES = 8
 """Elements of a partition that are compared."""
