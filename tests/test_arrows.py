@@ -220,19 +220,24 @@ MAY_IMPORT["__main__"] = ("cli",)
 
 WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources": (
-        ("options", "inert", "samples", "steps", "ranks", "patterns"),
-        ("assembly", "picklemachine", "plain_values", "zipentries"),
-        # torch files: zip and pickle below, tensors above
-        ("torchzip", "inertpickle"),
-        ("torchpickle",),
+        ("options", "samples", "steps", "ranks", "patterns"),
+        ("assembly",),
         ("torchfile",),
-        ("torchtensors", "distributed", "dcp_metadata", "ties", "shards"),
+        ("plain_values", "torchtensors", "ties", "shards"),
+        ("distributed", "dcp_metadata"),
         # one format each
         ("zero", "safetensors", "statedict", "dcp", "memory"),
         ("fsdp", "megatron_args", "meta"),
         ("megatron_dist",),
         ("megatron",),
         ("served", "peft", "training"),  # what fastckpt or PEFT wrote, in the two formats before them
+        ("__init__",),
+    ),
+    "sources/torchfile": (
+        ("inert", "zipentries"),
+        ("picklemachine", "torchzip"),
+        ("inertpickle",),
+        ("torchpickle",),
         ("__init__",),
     ),
     "sources/zero": (

@@ -20,7 +20,7 @@ import reading
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
-from fastckpt.sources import dcp_metadata
+from fastckpt.sources import torchfile
 from reading import refuses
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -389,7 +389,7 @@ def test_a_box_that_is_no_tensor(tmp_path, monkeypatch):
 
 def test_metadata_beyond_any_save(tmp_path, monkeypatch):
     write(tmp_path, {"w": (MATRIX, [((0, 0), (7, 9))])})
-    monkeypatch.setattr(dcp_metadata, "MAX_PICKLE", 100)
+    monkeypatch.setattr(torchfile, "MAX_PICKLE", 100)
     refuses(tmp_path, ".metadata: has ", "the limit is 100")
 
 

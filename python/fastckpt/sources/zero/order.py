@@ -17,7 +17,7 @@ from ...errors import SourceError
 from ...extents import Extents, File
 from ...views import View
 from ..samples import COMPARED, number, read_all, same, stored_at
-from ..torchpickle import Tensor
+from ..torchfile import Tensor
 from .partitions import Flat, Placed, Shape, elements
 
 SAMPLES = 8

@@ -15,9 +15,8 @@ from typing import TypeGuard, TypeVar
 
 from ...checkpoint import JSON, Checkpoint
 from ...errors import SourceError
-from ..inert import Inert, type_name
 from ..plain_values import integers, listing, mapping
-from ..torchfile import Tensor
+from ..torchfile import Inert, Tensor, type_name
 from .autoep import KEYS as AUTOEP_KEYS
 from .autoep import AutoEp, autoep
 from .partitions import Shape

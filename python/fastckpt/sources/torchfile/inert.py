@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..errors import SourceError
+from ...errors import SourceError
 
 MAX_DEPTH = 200
 """The deepest nesting of containers in the finished tree."""

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from .. import dtypes
-from ..dtypes import DType
-from ..errors import SourceError
+from ... import dtypes
+from ...dtypes import DType
+from ...errors import SourceError
 from . import inertpickle
 from .inert import Inert
 from .inertpickle import PLAIN, Machine

@@ -16,18 +16,31 @@ from dataclasses import dataclass
 
 import xxhash
 
-from ..digest import crc32
-from ..errors import SourceError, naming
-from ..extents import Extent, File
-from ..paths import content, is_file
+from ...digest import crc32
+from ...errors import SourceError, naming
+from ...extents import Extent, File
+from ...paths import content, is_file
+from ..assembly import sampled
 from . import inertpickle, torchpickle
-from .assembly import sampled
-from .inert import Inert
+from .inert import Inert, type_name
 from .inertpickle import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
 from .torchzip import LOCAL, Directory, Reader, require_crc
 
-__all__ = ["Inert", "Storage", "Tensor", "TorchFile", "Tree", "Wanted", "is_torch_file", "load"]
+__all__ = [
+    "Inert",
+    "Reader",
+    "Storage",
+    "Tensor",
+    "TorchFile",
+    "Tree",
+    "Wanted",
+    "embedded",
+    "is_torch_file",
+    "load",
+    "pickled",
+    "type_name",
+]
 
 MAX_PICKLE = 256 << 20
 """The longest pickle, in bytes."""
@@ -99,6 +112,19 @@ def embedded(
         what = " (safetensors, SerializationFormat.SAFETENSORS)" if head[8:] == b'{"' else ""
         raise SourceError(f"no torch file: it starts with {head!r}{what}")
     return _load_zip(window, check_crc, None, known)
+
+
+def pickled(path: str, *, save: int) -> tuple[object, str]:
+    """(tree, digest) of a file that is one pickle, without tensors; an Inert may be a key. What may be built
+    is limited by the bytes of the whole `save`.
+
+    Raises SourceError, which does not name the path."""
+    file = File.at(path)
+    if file.nbytes > MAX_PICKLE:
+        raise SourceError(f"has {file.nbytes} bytes; the limit is {MAX_PICKLE}")
+    with Reader(file) as reader:
+        data = reader.read_through(0, file.nbytes)
+    return torchpickle.parse(data, file=save, record_keys=True).root, xxhash.xxh3_64_hexdigest(data)
 
 
 def is_torch_file(path: str | os.PathLike[str]) -> bool:

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import SourceError
+from ...errors import SourceError
 from .inert import Inert, check_tree
 from .picklemachine import PLAIN, SET_ITEM, Call, Machine, Persistent, Short, Wrong
 

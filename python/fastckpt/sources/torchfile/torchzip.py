@@ -14,10 +14,10 @@ import struct
 
 import xxhash
 
-from ..digest import crc32
-from ..errors import SourceError
-from ..extents import File
-from ..paths import let_go
+from ...digest import crc32
+from ...errors import SourceError
+from ...extents import File
+from ...paths import let_go
 from .zipentries import FULL16, FULL32, STREAMED, Entries, Record, zip64
 
 MAX_DIRECTORY = 256 << 20

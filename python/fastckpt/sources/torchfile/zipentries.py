@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from ..errors import SourceError
+from ...errors import SourceError
 
 STREAMED, UTF8 = 0x0008, 0x0800
 FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..dtypes import DType
-from ..errors import SourceError
+from ...dtypes import DType
+from ...errors import SourceError
 from .inert import Inert
 
 FLOOR = 14 << 20
