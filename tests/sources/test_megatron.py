@@ -558,17 +558,36 @@ def test_nothing_is_executed(tmp_path):
 # ---- torch_dist, written by torch's own DCP ----
 
 
-def test_masters_and_what_has_none(tmp_path):
+@pytest.mark.parametrize("form", ["fp32_param", "param"])
+def test_masters_and_what_has_none(tmp_path, form):
+    """`param` is the distributed optimizer's word (fully_reshardable), `fp32_param` that of the others."""
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
-    masters = {f"optimizer.state.fp32_param.{n}": x.float() + 2**-12 for n, x in keys.items()}
+    masters = {f"optimizer.state.{form}.{n}": exact(x) for n, x in keys.items()}
     bare = "embedding.word_embeddings.weight"
-    del masters[f"optimizer.state.fp32_param.{bare}"]
+    del masters[f"optimizer.state.{form}.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
     ckpt = fastckpt.open(dist(tmp_path, keys | masters | moments), config=made[0])
     assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
-    want = {n: x if "embed" in n else x.float() + 2**-12 for n, x in made[1].items()}
+    want = {n: x if "embed" in n else exact(x) for n, x in made[1].items()}
     same(ckpt, want)
+
+
+def exact(x):
+    """A master that rounds to `x`."""
+    return x.float() * (1 + 2**-12)
+
+
+def test_remainders_are_no_masters(tmp_path):
+    """What Transformer Engine keeps of a master whose upper half the weight is (store_param_remainders):
+    16 bits, which megatron-core saves as whole numbers in float32."""
+    made = tiny.made("llama")
+    keys = keys_of(tmp_path, made)
+    rests = {n: exact(x).view(torch.int32).to(torch.int16).float() for n, x in keys.items()}
+    root = dist(tmp_path, keys | {f"optimizer.state.param.{n}": x for n, x in rests.items()})
+    with pytest.raises(SourceError, match=r"was not rounded from it, .*--weights module"):
+        fastckpt.open(root, config=made[0])
+    same(fastckpt.open(root, config=made[0], weights="module"), made[1])
 
 
 def test_nemos_prefix_and_no_args(tmp_path):
