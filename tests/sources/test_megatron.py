@@ -411,6 +411,10 @@ def _list(rank, state):
     state["model"]["more"] = [torch.zeros(3)]
 
 
+def _grouped(rank, state):
+    state["model"]["decoder.layers.0.mlp.experts.weight1"] = torch.zeros(64, 192)
+
+
 def _not_a_number(rank, state):
     state["checkpoint_version"] = float("nan")
 
@@ -432,6 +436,7 @@ def _no_layer(rank, state):
         broken(_add, "0/decoder.layers.0.mlp.extra.weight is no tensor of layout megatron"),
         broken(_old, "checkpoint_version 2.0: wanted 3.0"),
         broken(_nested, "the form of Megatron before its core"),
+        broken(_grouped, "experts.weight1: a rank's experts turned and in one, as GroupedMLP has them"),
         broken(_not_a_number, "checkpoint_version nan: wanted 3.0"),
         broken(_list, "more: holds a tensor, where a state dict has each under a name of its own"),
         broken(None, "tp 2 does not divide expert_tensor_parallel_size 1 \\* ep 1", num_experts=2,
@@ -590,13 +595,15 @@ def test_remainders_are_no_masters(tmp_path):
     same(fastckpt.open(root, config=made[0], weights="module"), made[1])
 
 
-def test_nemos_prefix_and_no_args(tmp_path):
+@pytest.mark.parametrize(("inside", "prefix"), [("weights", "module"), ("model_weights", "model")])
+def test_nemos_directories_and_no_args(tmp_path, inside, prefix):
+    """NeMo 2, and the unpacked archive of NeMo 1."""
     made = tiny.made("llama")
-    keys = {f"module.{n}": x for n, x in keys_of(tmp_path, made).items()}
+    keys = {f"{prefix}.{n}": x for n, x in keys_of(tmp_path, made).items()}
     masters = {f"optimizer.state.fp32_param.{n}": x.float() for n, x in keys.items()}
     root = dist(tmp_path, keys | masters, args=None)
     (tmp_path / "nemo").mkdir()
-    root.rename(tmp_path / "nemo" / "weights")
+    root.rename(tmp_path / "nemo" / inside)
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
     same(ckpt, {n: x.float() for n, x in made[1].items()})
     assert "the checkpoint has no args" in ckpt.notes[0]

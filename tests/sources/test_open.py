@@ -83,6 +83,8 @@ def test_what_is_known_of_other_programs_is_told(tmp_path):
         (tmp_path / name).write_text("{}")
         refuses(tmp_path, f"{what}, which is not read")
         (tmp_path / name).unlink()
+    (tmp_path / "llama.nemo").write_bytes(b"tar")
+    refuses(tmp_path / "llama.nemo", "an archive of NeMo's, which is not read: unpack it")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ UNREAD = {
         "a checkpoint of nanotron (its examples/llama/convert_nanotron_to_hf.py makes it the hub's)"
     ),
     "_CHECKPOINT_METADATA": "a checkpoint of orbax (JAX)",
+    "manifest.ocdbt": "arrays of tensorstore (orbax, Levanter; JAX)",
     "flax_model.msgpack": "weights of Flax",
     "tf_model.h5": "weights of TensorFlow",
 }
@@ -130,6 +131,8 @@ def _refuse_absent(path: str) -> None:
 def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
     looked_for = ", ".join(filter(None, SOURCES.values()))
+    if path.endswith(".nemo"):
+        return "an archive of NeMo's, which is not read: unpack it (tar -xf) and open the directory"
     if not is_directory(path):
         return f"not a checkpoint file; looked for {looked_for}"
     for name, what in UNREAD.items():

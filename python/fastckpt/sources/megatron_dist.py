@@ -39,6 +39,8 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 _NOT_THE_MODEL = re.compile(r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state")
+_PREFIXES = ("module.", "model.")
+"""Of NeMo 2 and NeMo 1."""
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\.(?:weight|bias).*)")
 _HALF = re.compile(r"(.+\.linear_fc1\.(?:weight|bias))_([wv])")
@@ -115,7 +117,7 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str
     distributed optimizer's, `fp32_param` in others'), and none where it is saved as buckets (dp_reshardable,
     dp_zero_gather_scatter)."""
     model = [key for key in found.tensors if not _NOT_THE_MODEL.match(key)]
-    prefix = "module." if model and all(key.startswith("module.") for key in model) else ""  # NeMo's
+    prefix = next((p for p in _PREFIXES if model and all(key.startswith(p) for key in model)), "")
     keys = {key.removeprefix(prefix): key for key in model}
     left = [name for name in keys if name.startswith("mtp.")]
     unread = [f"{name}: multi-token prediction" for name in left]
