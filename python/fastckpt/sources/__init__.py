@@ -135,9 +135,8 @@ def _what_it_is(path: str) -> str:
         return "an archive of NeMo's, which is not read: unpack it (tar -xf) and open the directory"
     if not is_directory(path):
         return f"not a checkpoint file; looked for {looked_for}"
-    for name, what in UNREAD.items():
-        if is_file(os.path.join(path, name)):
-            return f"{what}, which is not read"
+    if (what := _other_program(path)) is not None:
+        return f"{what}, which is not read"
     level = [""]
     for _ in range(_DEPTH):
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
@@ -145,7 +144,15 @@ def _what_it_is(path: str) -> str:
         if inside:
             more = ", ..." if len(inside) > 8 else ""
             return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
+        for n in level:
+            if (what := _other_program(os.path.join(path, n))) is not None:
+                return f"{n} is {what}, which is not read"
     return f"no known checkpoint; looked for {looked_for}"
+
+
+def _other_program(path: str) -> str | None:
+    """What is at `path`, where another program's checkpoint is."""
+    return next((what for name, what in UNREAD.items() if is_file(os.path.join(path, name))), None)
 
 
 def _names_in(path: str) -> list[str]:
