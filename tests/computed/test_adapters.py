@@ -514,7 +514,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("is tied", halves, tables=(table,), base=other)
     for layout in ("same", "hf"):  # the config is given, not beside
         refused("is tied", halves, tables=(table,), base=tied, config=tied_config, layout=layout)
-    fewer = {"config": tied_config | {"vocab_size": rows - 2}, "vocab_size": rows - 2, "layout": "hf"}
+    fewer = {"config": tied_config | {"vocab_size": width}, "vocab_size": width, "layout": "hf"}
     refused(
         "lm_head.weight and model.embed_tokens.weight are one tensor",
         halves,
@@ -522,6 +522,18 @@ def test_tensors_that_do_not_fit(tmp_path):
         base=tied,
         **fewer,
     )
+    for size in (rows - 2, rows + 2):  # a padded table, a config of before a resize
+        resized = tied_config | {"vocab_size": size}
+        for held in (tied, tied | {"lm_head.weight": tied[f"{table}.weight"].clone()}):
+            refused("is tied", halves, tables=(table,), base=held, config=resized, layout="same")
+        refused(
+            "is tied",
+            {},
+            {f"{table}.weight": torch.ones(rows, width)},
+            base=tied,
+            config=resized,
+            layout="same",
+        )
     unsaid = hub(tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied)
     for one in (other, unsaid):
         for name in (table, "lm_head"):  # modules_to_save, in any layout
