@@ -336,6 +336,21 @@ def trained(name, turned=False, rank=4):
     return config, files, state, pairs, want
 
 
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_a_router_that_is_never_rounded(tmp_path, held):
+    """ERNIE's: the base's own bytes, whatever is asked for, and merged what the sum is in float32."""
+    config, files, _ = families.made("ernie4_5_moe")
+    router = "model.layers.0.mlp.gate"
+    base = files | {f"{router}.weight": files[f"{router}.weight"].to(held)}
+    pairs = thin(base, [router])
+    asked = {"config": config, "layout": "hf", "dtype": "bfloat16", "rank": 0}
+    assert torch.equal(fastckpt.reshard(base, **asked)[f"{router}.weight"], base[f"{router}.weight"])
+    got = fastckpt.reshard(base, adapter=write(tmp_path / "adapter", settings(), pairs), **asked)
+    wide = peft_writer.merged(base[f"{router}.weight"], *pairs[router], 6)
+    assert got[f"{router}.weight"].dtype == torch.float32
+    assert torch.equal(got[f"{router}.weight"], wide.float())
+
+
 @pytest.mark.parametrize(
     ("name", "turned"),
     [
