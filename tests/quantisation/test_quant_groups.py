@@ -200,10 +200,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["awq-group32", "gptq-group32-zero"])
 @pytest.mark.parametrize("way", ["plain", "pitched", "turned", "cast"])
 def test_wherever_the_dense_values_lie(tmp_path, monkeypatch, name, way):
-    """In memory with or without gaps, turned, cast, or in a file: in several bands and jobs."""
+    """In memory with or without gaps, turned, cast, or in a file: in several bands and stretches."""
     monkeypatch.setattr(quantising, "DENSE_BYTES", 1 << 19)
     monkeypatch.setattr(quantising, "WIDER", 2)
-    monkeypatch.setattr(quantising, "JOB_BYTES", 1)
+    monkeypatch.setattr(quantising, "STRETCH_BYTES", 1)
     torch.manual_seed(3)
     x = torch.randn(512, 10240)
     weight = {
