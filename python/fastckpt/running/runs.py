@@ -208,7 +208,8 @@ class Run:
             for owner, name, data in (*planned.texts, *lost):
                 output.text(name, data, owner)
             if beside:
-                copied = [f for f in planned.checkpoint.beside if planned.config is None or not _is_config(f)]
+                ckpt = planned.checkpoint
+                copied = [f for f in ckpt.beside if planned.config is None or f is not ckpt.config_file]
                 for file in copied:
                     output.copy(file.path)
                 check_unchanged(copied, range(len(copied)))  # the weights were cut by the config of then
@@ -365,10 +366,6 @@ def _output(planned: Plan, out: str, rank: int | None, *, durable: bool, overwri
 
 def _nbytes(planned: Plan) -> int:
     return sum(f.nbytes for f in planned.files)
-
-
-def _is_config(file: File) -> bool:
-    return os.path.basename(file.path) == "config.json"
 
 
 def _read_from(planned: Plan) -> list[str]:
