@@ -289,11 +289,14 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
         ("mixer_cuts",),
         ("vllm_families",),
         ("vllm_attention",),
-        ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_matrices",),
-        ("rtp_roles", "rtp_rope"),
-        ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
+        ("__init__",),
+    ),
+    "layouts/rtp_llm": (
+        ("merge", "split", "weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("matrices",),
+        ("roles", "rope"),
+        ("lora",),
         ("__init__",),
     ),
     "manager": (
