@@ -15,8 +15,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from fastckpt.errors import SourceError
-from fastckpt.sources import inertpickle, picklemachine
-from fastckpt.sources.inertpickle import Inert, Short, parse
+from fastckpt.sources.torchfile import inertpickle, picklemachine
+from fastckpt.sources.torchfile.inertpickle import Inert, Short, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastckpt.errors import SourceError
-from fastckpt.sources import picklemachine, torchfile
-from fastckpt.sources.inertpickle import Inert, parse
-from fastckpt.sources.torchfile import Storage, Tensor, TorchFile
+from fastckpt.sources import torchfile
+from fastckpt.sources.torchfile import Storage, Tensor, TorchFile, picklemachine
+from fastckpt.sources.torchfile.inertpickle import Inert, parse
 from hostile import torch_files as make
 
 
