@@ -23,8 +23,7 @@ from fastckpt import cli, sources
 from fastckpt.dtypes import float32
 from fastckpt.errors import SourceError
 from fastckpt.sources.distributed import Boxed, Cut, Meshed, boxes_of, part_of
-from fastckpt.sources.inert import Inert
-from fastckpt.sources.torchpickle import Storage, Tensor
+from fastckpt.sources.torchfile import Inert, Storage, Tensor
 from layouts import tiny
 from reading import refuses_a_copy_that_differs
 from safetensors.torch import load_file

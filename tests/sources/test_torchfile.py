@@ -21,8 +21,8 @@ import torch
 from fastckpt import stored
 from fastckpt.errors import SourceError
 from fastckpt.extents import Extents
-from fastckpt.sources import torchfile, torchzip, zipentries
-from fastckpt.sources.torchfile import Inert, Tensor
+from fastckpt.sources import torchfile
+from fastckpt.sources.torchfile import Inert, Tensor, torchzip, zipentries
 from hostile import torch_files as make
 from torch_types import KNOWN
 
@@ -679,7 +679,7 @@ def test_legacy_faults(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_is_refused(good: Path) -> None:
     from fastckpt.extents import File
-    from fastckpt.sources.torchzip import Reader
+    from fastckpt.sources.torchfile import Reader
 
     seen = File.at(good)
     with open(good, "ab") as f:
@@ -691,7 +691,7 @@ def test_a_file_that_changes_is_refused(good: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read(good: Path) -> None:
     from fastckpt.extents import File
     from fastckpt.sources.samples import read_all
-    from fastckpt.sources.torchzip import Reader
+    from fastckpt.sources.torchfile import Reader
 
     with Reader(seen := File.at(good)) as reader:
         with pytest.raises(SourceError, match="are outside a file of"):

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 from fastckpt.errors import SourceError
-from fastckpt.sources import picklemachine, torchfile
-from fastckpt.sources.inertpickle import Inert, parse
-from fastckpt.sources.torchfile import Storage, Tensor, TorchFile
+from fastckpt.sources import torchfile
+from fastckpt.sources.torchfile import Storage, Tensor, TorchFile, picklemachine
+from fastckpt.sources.torchfile.inert import Inert
+from fastckpt.sources.torchfile.inertpickle import parse
 from hostile import torch_files as make
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastckpt import sources
 from fastckpt.errors import SourceError
-from fastckpt.sources import zero_experts
+from fastckpt.sources import zero
 from reading import refuses
 from safetensors.torch import load_file
 
@@ -135,8 +135,8 @@ def test_deepspeeds_own_converter_agrees(packed, tmp_path, name):
 
 def test_experts_taken_for_others_are_found(packed, monkeypatch):
     """Had the order of ranks been taken wrongly, the masters would not be those of the experts' own files."""
-    right = zero_experts._sets
-    monkeypatch.setattr(zero_experts, "_sets", lambda *sizes: reversed(list(right(*sizes))))
+    right = zero.experts._sets
+    monkeypatch.setattr(zero.experts, "_sets", lambda *sizes: reversed(list(right(*sizes))))
     with pytest.raises(SourceError, match=r"experts\.w1\.0: element 0 of .* its master is"):
         sources.open(packed("autoep", "z2-w4"))
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from fastckpt.errors import SourceError
-from fastckpt.sources.zero_cuts import Cuts
+from fastckpt.sources.zero.cuts import Cuts
 
 NAME = "model.layers.0.w.weight"
 EXACT = f"^{re.escape(NAME)}$"

@@ -13,7 +13,7 @@ import torch
 import zero_writer
 from fastckpt import sources
 from fastckpt.errors import SourceError
-from fastckpt.sources import zero_experts, zero_state
+from fastckpt.sources import zero
 from reading import refuses
 from safetensors.torch import load_file
 
@@ -75,12 +75,12 @@ def test_masters_have_more_bits_than_the_experts_files(tmp_path):
 
 def test_experts_taken_for_others_are_found(monkeypatch):
     """Had the order of ranks been taken wrongly, the masters would not be those of the experts' own files."""
-    right = zero_experts._sets
-    monkeypatch.setattr(zero_experts, "_sets", lambda *sizes: reversed(list(right(*sizes))))
+    right = zero.experts._sets
+    monkeypatch.setattr(zero.experts, "_sets", lambda *sizes: reversed(list(right(*sizes))))
     with pytest.raises(SourceError, match=r"deepspeed_experts.*is .* \(float32\), its master is"):
         sources.open(FIXTURES / "moe-z2-w4")
     monkeypatch.undo()
-    monkeypatch.setattr(zero_state, "_data_before_experts", lambda config: False)
+    monkeypatch.setattr(zero.state, "_data_before_experts", lambda config: False)
     with pytest.raises(SourceError, match="group 2 holds 290 elements over 2 ranks"):
         sources.open(FIXTURES / "moe-z1-w4-data-first")
 
@@ -237,22 +237,22 @@ def test_groups_that_fit_two_orders():
 
     def state(counts, held, flats, paddings=None):
         pieces = held and tuple({n: 0} for n in held)
-        return zero_state.OptimState(2, counts, flats, (), paddings, pieces, None, None, "")
+        return zero.state.OptimState(2, counts, flats, (), paddings, pieces, None, None, "")
 
     first = state((4, 1, 2, 2), None, (0, 1, 2, 3))
     told = state((4, 2, 2, 1), [names[0], names[3], names[2], names[1]], (0, 3, 2, 1))
-    (_, found) = zero_experts.in_order([first, told], shapes, None, "ab")
+    (_, found) = zero.experts.in_order([first, told], shapes, None, "ab")
     assert found.flats == first.flats and found.counts == first.counts
-    assert zero_experts.in_order([first, first], shapes, None, "ab") == [first, first]
+    assert zero.experts.in_order([first, first], shapes, None, "ab") == [first, first]
     with pytest.raises(SourceError, match="b: its groups of experts fit more than one order"):
-        zero_experts.in_order([first, state(told.counts, None, told.flats)], shapes, None, "ab")
+        zero.experts.in_order([first, state(told.counts, None, told.flats)], shapes, None, "ab")
     padded = state(first.counts, None, first.flats, ((0,), (0,), (1,), (2,)))
     turned = state(first.counts, None, (0, 1, 3, 2), ((0,), (0,), (2,), (1,)))
-    (_, found) = zero_experts.in_order([padded, turned], shapes, None, "ab")
+    (_, found) = zero.experts.in_order([padded, turned], shapes, None, "ab")
     assert found.flats == first.flats and found.alignment == padded.alignment
     no_piece = state(told.counts, ["dense", names[3], names[2], names[1]], told.flats)
     no_piece.held[1].clear()  # of a small group some ranks hold nothing: the others leave it one place
-    assert zero_experts.in_order([first, no_piece], shapes, None, "ab")[1].flats == first.flats
+    assert zero.experts.in_order([first, no_piece], shapes, None, "ab")[1].flats == first.flats
 
 
 def test_frozen_experts_lie_in_their_files_alone(copied):

@@ -24,10 +24,8 @@ from ..paths import is_directory, is_file, listed
 from . import torchfile
 from .assembly import WRAPPERS, Boxed, assemble
 from .dcp_metadata import Metadata, Sizes, metadata
-from .inert import type_name
 from .options import Options
-from .torchfile import Tensor, Tree
-from .torchzip import Reader
+from .torchfile import Reader, Tensor, Tree, type_name
 
 NAME = ".metadata"
 SUFFIX = ".distcp"

@@ -9,18 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import xxhash
-
 from ..dtypes import DType
 from ..errors import SourceError, naming
-from ..extents import File
 from ..paths import inside
 from ..stored import check_tiles
-from . import torchpickle
-from .inert import Inert, type_name
+from . import torchfile
 from .plain_values import integers, mapping
-from .torchfile import MAX_PICKLE
-from .torchzip import Reader
+from .torchfile import Inert, type_name
 
 Sizes = tuple[int, ...]
 
@@ -67,13 +62,8 @@ def metadata(where: str, save: int) -> Metadata:
     """`.metadata` at `where`, of a save of so many bytes in all, which limit what may be built of it.
 
     Raises SourceError."""
-    file = File.at(where)
-    if file.nbytes > MAX_PICKLE:
-        raise SourceError(f"has {file.nbytes} bytes; the limit is {MAX_PICKLE}")
-    with Reader(file) as reader:
-        data = reader.read_through(0, file.nbytes)
-    tree = torchpickle.parse(data, file=save, record_keys=True)
-    body = _state(tree.root, _MODULE + "metadata.Metadata")
+    root, digest = torchfile.pickled(where, save=save)
+    body = _state(root, _MODULE + "metadata.Metadata")
     tensors, paths = {}, {}
     planned = body.get("planner_data")
     for key, value in mapping(body.get("state_dict_metadata"), "state_dict_metadata").items():
@@ -91,7 +81,7 @@ def metadata(where: str, save: int) -> Metadata:
         elif places.setdefault((name, at), place) != place:
             raise SourceError(f"{name} at {at}: lies in {places[name, at]} and in {place}: in doubt")
         files[place.file] = max(files.get(place.file, 0), place.offset + place.nbytes)
-    return Metadata(tensors, places, others, files, paths, xxhash.xxh3_64_hexdigest(data))
+    return Metadata(tensors, places, others, files, paths, digest)
 
 
 def _state(value: object, *names: str) -> dict[object, object]:

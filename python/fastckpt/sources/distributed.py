@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import SourceError
-from .inert import Inert, type_name
 from .plain_values import integers, listing
-from .torchfile import Tensor
+from .torchfile import Inert, Tensor, type_name
 
 Sizes = tuple[int, ...]
 

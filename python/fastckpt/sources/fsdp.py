@@ -29,11 +29,10 @@ from ..views import View
 from . import steps, torchfile
 from .assembly import Boxed, assemble
 from .distributed import Box, Part, boxes_of, part_of
-from .inert import type_name
 from .options import Options
 from .ranks import check_ranks
 from .samples import Agreement
-from .torchfile import Tensor, TorchFile
+from .torchfile import Tensor, TorchFile, type_name
 from .torchtensors import in_one_table, refuse_unread
 
 RECORD = "fsdp_config.json"

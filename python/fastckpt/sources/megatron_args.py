@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from ..checkpoint import JSON
 from ..errors import SourceError
-from .inert import Inert, type_name
+from .torchfile import Inert, type_name
 
 FORMAT = "megatron"
 """The source's name."""

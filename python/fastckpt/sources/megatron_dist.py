@@ -28,7 +28,7 @@ from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
 from .steps import HUB
-from .torchzip import Reader
+from .torchfile import Reader
 
 RECORD = "metadata.json"
 """Written last."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import SourceError
-from .inert import type_name
+from .torchfile import type_name
 
 
 def mapping(value: object, where: str) -> dict[object, object]:

@@ -14,10 +14,9 @@ from ..errors import SourceError
 from ..paths import is_directory, listed
 from . import torchfile
 from .assembly import WRAPPERS, assemble
-from .inert import Inert, type_name
 from .options import Options
 from .shards import find_shards
-from .torchfile import Tensor
+from .torchfile import Inert, Tensor, type_name
 from .torchtensors import by_storage, in_one_table, places, refuse_unread
 
 SUFFIX = ".bin"
