@@ -287,13 +287,15 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "requirements", "hub_form", "cuts", "servers", "padding", "engines"),
         ("mixer_cuts",),
-        ("vllm_families",),
-        ("vllm_attention",),
-        ("rtp_merge", "rtp_split", "rtp_weights"),  # rtp-llm's catalogue, of which its layout is made
-        ("rtp_matrices",),
-        ("rtp_roles", "rtp_rope"),
-        ("rtp_lora",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
+        ("__init__",),
+    ),
+    "layouts/vllm": (("families",), ("attention",), ("__init__",)),
+    "layouts/rtp_llm": (
+        ("merge", "split", "weights"),  # rtp-llm's catalogue, of which its layout is made
+        ("matrices",),
+        ("roles", "rope"),
+        ("lora",),
         ("__init__",),
     ),
     "manager": (

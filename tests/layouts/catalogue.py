@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from fastckpt import dtypes
 from fastckpt.computed.finishes import largest, multiple, plus_one, reciprocal
-from fastckpt.layouts import rtp_merge as m
-from fastckpt.layouts import rtp_split as s
-from fastckpt.layouts.rtp_merge import flat, slopes, stack_moe_w1
-from fastckpt.layouts.rtp_split import by_kind
-from fastckpt.layouts.rtp_weights import TABLES
+from fastckpt.layouts.rtp_llm import merge as m
+from fastckpt.layouts.rtp_llm import split as s
+from fastckpt.layouts.rtp_llm.merge import flat, slopes, stack_moe_w1
+from fastckpt.layouts.rtp_llm.split import by_kind
+from fastckpt.layouts.rtp_llm.weights import TABLES
 from fastckpt.stored import constant
 from fastckpt.views import View, cat, stack, zeros
 
@@ -175,7 +175,7 @@ MERGES = {
     "qkv_transpose": Row(lambda v, hidden: v[0].reshape((hidden, v[0].numel // hidden))),
     "trans_lora_qkv": Row(lambda v, heads, d: trans_qkv(v[0], heads).split(1, heads * d)),
     "merge_qkv_lora_A": Row(
-        lambda v: cat(v).T, "a missing source's zeros (`rtp_lora`) have the others' dtype, not fp32"
+        lambda v: cat(v).T, "a missing source's zeros (`lora`) have the others' dtype, not fp32"
     ),
     "merge_qkv_lora_B": Row(m.merge_qkv_lora_b),
     "expand_scale": Row(expand_scale),
@@ -196,7 +196,7 @@ MERGES = {
     "sp_0_pad8_size": Row(None, "a number, no tensor: cuts.padded_part has it"),
     "is_v4_weight": Row(None, "says which names are DeepSeek V4's: no tensor"),
     "hidden_to_inter": Row(None, "a number, no tensor: the config says the width"),
-    "yarn_get_mscale": Row(None, "a number, no tensor: rtp_rope has it"),
+    "yarn_get_mscale": Row(None, "a number, no tensor: `rope` has it"),
     "kv_split": Row(kv_split),
     "kv_split1": Row(lambda v, *sizes: kv_split(v, *sizes).T),
     "kv_split2": Row(lambda v, *sizes: kv_split(v, *sizes).T),
@@ -360,4 +360,4 @@ DIFFERS = {
     **dict.fromkeys((("fp8_tensor", "moe_s1"), ("fp8_tensor", "moe_s2")), SELECTED),
     ("fp8_channel", "moe_s2"): SELECTED,
 }
-"""(table, W's name) -> why its strategy in `rtp_weights.TABLES` is not the reference's."""
+"""(table, W's name) -> why its strategy in `weights.TABLES` is not the reference's."""

@@ -10,10 +10,10 @@ import pytest
 import torch
 from fastckpt import dtypes
 from fastckpt.errors import LayoutError, ViewError
-from fastckpt.layouts import rtp_split
-from fastckpt.layouts.rtp_merge import slopes
-from fastckpt.layouts.rtp_split import Cut, phy2log
-from fastckpt.layouts.rtp_weights import NAMES, TABLES
+from fastckpt.layouts.rtp_llm import split as ours
+from fastckpt.layouts.rtp_llm.merge import slopes
+from fastckpt.layouts.rtp_llm.split import Cut, phy2log
+from fastckpt.layouts.rtp_llm.weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import catalogue_oracle as oracle
 from layouts import splits_oracle as splits
@@ -44,8 +44,8 @@ def test_no_name_is_missing():
 
 
 def test_the_layout_cuts_with_the_catalogue():
-    assert all(SPLITS[name].view is view for name, view in rtp_split.SPLITS.items())
-    assert {strategy for table in TABLES.values() for strategy in table.values()} == set(rtp_split.SPLITS)
+    assert all(SPLITS[name].view is view for name, view in ours.SPLITS.items())
+    assert {strategy for table in TABLES.values() for strategy in table.values()} == set(ours.SPLITS)
 
 
 def said():
@@ -225,7 +225,7 @@ def test_experts_by_hand():
 def test_runs_that_are_not_all_there():
     view = memory({"x": torch.ones(3, 9)})["x"]
     with pytest.raises(LayoutError, match=r"runs of \[2, 2, 2, 2\] do not fit \(3, 9\) on axis 1"):
-        rtp_split.split_qkvz(view, Cut(Placement(), head_dim=2, value_dim=2))
+        ours.split_qkvz(view, Cut(Placement(), head_dim=2, value_dim=2))
 
 
 def test_redundant_experts_by_hand():

@@ -7,8 +7,8 @@ import torch
 from fastckpt import recipes
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
-from fastckpt.layouts.rtp_split import SPLITS
-from fastckpt.layouts.rtp_weights import NAMES, TABLES
+from fastckpt.layouts.rtp_llm.split import SPLITS
+from fastckpt.layouts.rtp_llm.weights import NAMES, TABLES
 from fastckpt.placement import Placement
 from layouts import families
 from layouts.family_oracle import cut

@@ -57,6 +57,9 @@ UNREAD = {
 _DEPTH, _MOST = 3, 1000
 """How far below a directory, and among how many names, its checkpoints are looked for."""
 
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".index.json")
+"""Of the files among those: other archives start as torch's do."""
+
 
 @paused()
 def open(
@@ -137,22 +140,26 @@ def _what_it_is(path: str) -> str:
         return f"not a checkpoint file; looked for {looked_for}"
     if (what := _other_program(path)) is not None:
         return f"{what}, which is not read"
-    level = [""]
+    level, theirs = [""], None
     for _ in range(_DEPTH):
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
-        inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
+        inside = [n for n in level if _may_be(os.path.join(path, n))]
         if inside:
             more = ", ..." if len(inside) > 8 else ""
             return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
-        for n in level:
-            if (what := _other_program(os.path.join(path, n))) is not None:
-                return f"{n} is {what}, which is not read"
-    return f"no known checkpoint; looked for {looked_for}"
+        known = ((n, _other_program(os.path.join(path, n))) for n in level)
+        theirs = theirs or next((f"{n} is {what}, which is not read" for n, what in known if what), None)
+    return theirs or f"no known checkpoint; looked for {looked_for}"
 
 
 def _other_program(path: str) -> str | None:
     """What is at `path`, where another program's checkpoint is."""
     return next((what for name, what in UNREAD.items() if is_file(os.path.join(path, name))), None)
+
+
+def _may_be(path: str) -> bool:
+    """Whether a directory, or a file by its name too, looks like a checkpoint."""
+    return (path.endswith(_ENDINGS) or is_directory(path)) and any(s.matches(path) for s in _sources())
 
 
 def _names_in(path: str) -> list[str]:

@@ -23,7 +23,7 @@ from ...paths import content, is_file
 from ..assembly import sampled
 from . import inertpickle, torchpickle
 from .inert import Inert, type_name
-from .inertpickle import Short
+from .picklemachine import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
 from .torchzip import LOCAL, Directory, Reader, require_crc
 

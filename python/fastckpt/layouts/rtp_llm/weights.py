@@ -1,7 +1,7 @@
 """rtp-llm's weights by the names of its class W: what each is called in a dump, and which strategy cuts it.
 
 TABLES: the tensor-parallel strategies by how the weights are stored; "default" is for [in, out] and for
-packed int4, the others say what differs. Names and tables are data; `rtp_split.SPLITS` has the strategies.
+packed int4, the others say what differs. Names and tables are data; `split.SPLITS` has the strategies.
 tests/layouts/catalogue.py says which of W's names are never written, which cuts differ, and why.
 Source: rtp-llm's utils/model_weight.py (class W, gpt_style_tp_strategy) and model_loader/'s tables by scheme
 (2025's and 2026's).

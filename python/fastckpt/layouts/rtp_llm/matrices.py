@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from .. import dtypes
-from ..computed.finishes import agreed, largest, plus_one, reciprocal
-from ..errors import LayoutError
-from ..roles import Beside, Linear, Norm
-from ..views import View
-from .cuts import joined
-from .hub_form import in_form
-from .rtp_merge import flat, merge_fp8
-from .rtp_weights import STATIC
+from ... import dtypes
+from ...computed.finishes import agreed, largest, plus_one, reciprocal
+from ...errors import LayoutError
+from ...roles import Beside, Linear, Norm
+from ...views import View
+from ..cuts import joined
+from ..hub_form import in_form
+from .merge import flat, merge_fp8
+from .weights import STATIC
 
 
 class Whole(NamedTuple):

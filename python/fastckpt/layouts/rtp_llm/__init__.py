@@ -1,7 +1,7 @@
 """`rtp_llm`: the weights of one rank as rtp-llm's loader makes them, in the form of the engine's own dump.
 
-Each weight is made whole by its process function (`rtp_merge`, `rtp_roles`), then cut by the strategy that
-the engine's table has for it (`rtp_weights`, `rtp_split`). Matrices are [in, out]: q, k and v are one kernel
+Each weight is made whole by its process function (`merge`, `roles`), then cut by the strategy that
+the engine's table has for it (`weights`, `split`). Matrices are [in, out]: q, k and v are one kernel
 [hidden, (q | k | v)], gate and up one [hidden, (gate | up)]; experts are [experts, (up; gate), hidden] and
 [experts, hidden, width]. The embedding is cut along hidden; lm_head is padded to a multiple of 8 * tp rows,
 then cut. int8 and fp8 matrices stay [out, in], as the engine's kernels want. Source: rtp-llm's
@@ -15,22 +15,29 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from .. import dtypes
-from ..errors import LayoutError
-from ..mixers import Mla
-from ..model import Layer, Model
-from ..placement import Placement
-from ..stored import constant
-from ..target import Target
-from .naming import Naming
-from .requirements import Subject, require_delta, require_even, require_heads, require_least, require_subjects
-from .rtp_lora import Lookup, layer_pairs
-from .rtp_matrices import Whole, norm
-from .rtp_merge import slopes
-from .rtp_roles import Making, layer_weights, of_one_scale, of_w13
-from .rtp_rope import cos_sin_cache
-from .rtp_split import SPLITS, Cut, phy2log
-from .rtp_weights import FACTORS, FP32, NAMES, TABLES
+from ... import dtypes
+from ...errors import LayoutError
+from ...mixers import Mla
+from ...model import Layer, Model
+from ...placement import Placement
+from ...stored import constant
+from ...target import Target
+from ..naming import Naming
+from ..requirements import (
+    Subject,
+    require_delta,
+    require_even,
+    require_heads,
+    require_least,
+    require_subjects,
+)
+from .lora import Lookup, layer_pairs
+from .matrices import Whole, norm
+from .merge import slopes
+from .roles import Making, layer_weights, of_one_scale, of_w13
+from .rope import cos_sin_cache
+from .split import SPLITS, Cut, phy2log
+from .weights import FACTORS, FP32, NAMES, TABLES
 
 TOWERS = {"cogvlm2": "model.vision."}
 """family -> the hub's prefix of its image tower, which the first tp rank holds whole, by the names behind the
@@ -90,7 +97,7 @@ class RtpLlm:
         return _naming("model", placement)
 
     def adapted(self, model: Model, placement: Placement, thin: Lookup) -> Iterator[Target]:
-        """The rank's part of an adapter, as `rtp_lora` has it. Raises LayoutError as `targets` does."""
+        """The rank's part of an adapter, as `lora` has it. Raises LayoutError as `targets` does."""
         cut = self._cut(model, placement)
         self._require(model, cut, len(self._order(model, placement)))
         making = self._making()

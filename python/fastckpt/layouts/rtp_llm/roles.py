@@ -1,6 +1,6 @@
 """What the roles of a layer become for rtp-llm: whole weights under the names of class W, not yet cut.
 
-One matrix or norm: `rtp_matrices`. Source: rtp-llm's models/.
+One matrix or norm: `matrices`. Source: rtp-llm's models/.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .. import dtypes
-from ..computed.finishes import largest
-from ..errors import LayoutError
-from ..mixers import Attention, DeltaNet, Mla
-from ..model import Experts, Layer, Mlp, Model
-from ..roles import Linear
-from ..views import cat, stack
-from .requirements import (
+from ... import dtypes
+from ...computed.finishes import largest
+from ...errors import LayoutError
+from ...mixers import Attention, DeltaNet, Mla
+from ...model import Experts, Layer, Mlp, Model
+from ...roles import Linear
+from ...views import cat, stack
+from ..requirements import (
     require_alike,
     require_heads_alike,
     require_known,
@@ -24,7 +24,7 @@ from .requirements import (
     require_no_scalars,
     two_blocks,
 )
-from .rtp_matrices import (
+from .matrices import (
     Whole,
     beside_name,
     inputs,
@@ -36,8 +36,13 @@ from .rtp_matrices import (
     whole_blocks,
     with_one_scale,
 )
-from .rtp_merge import flat, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
-from .rtp_split import Cut
+from .merge import flat, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
+from .split import Cut
+
+_READS_THE_KEY = (
+    "; RTP-LLM reads the key since its commit 68a3f843b of 2026-03-09, for models of its class DeepSeekV2: "
+    "let such an engine load layout hf"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ def _whole_heads(linear: Linear, cut: Cut) -> None:
 
 
 def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Whole]:
-    require_neighbours("rtp_llm", attention)
+    require_neighbours("rtp_llm", attention, _READS_THE_KEY)
     if attention.indexer is not None:
         raise LayoutError(f"layout rtp_llm has no place for {attention.indexer.q.name}, an indexer")
     no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)

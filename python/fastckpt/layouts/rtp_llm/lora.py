@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from ..mixers import Attention
-from ..model import Experts, Layer
-from ..roles import Linear, Thin
-from ..views import View, cat, zeros
-from .rtp_matrices import Whole
-from .rtp_merge import merge_qkv_lora_b
-from .rtp_roles import Making, mlp_matrices
+from ...mixers import Attention
+from ...model import Experts, Layer
+from ...roles import Linear, Thin
+from ...views import View, cat, zeros
+from .matrices import Whole
+from .merge import merge_qkv_lora_b
+from .roles import Making, mlp_matrices
 
 Lookup = Callable[[Linear], Thin | None]
 """What an adapter adds to a matrix; None: nothing."""

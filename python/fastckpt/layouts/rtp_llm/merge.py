@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import dtypes
-from ..computed.finishes import requantised
-from ..errors import LayoutError
-from ..stored import constant
-from ..views import View, cat, stack
+from ... import dtypes
+from ...computed.finishes import requantised
+from ...errors import LayoutError
+from ...stored import constant
+from ...views import View, cat, stack
 
 
 def flat(views: Sequence[View]) -> View:

@@ -12,11 +12,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .. import dtypes
-from ..errors import LayoutError
-from ..placement import Placement
-from ..views import View, cat
-from .cuts import padded_part
+from ... import dtypes
+from ...errors import LayoutError
+from ...placement import Placement
+from ...views import View, cat
+from ..cuts import padded_part
 
 
 @dataclass(frozen=True, slots=True)

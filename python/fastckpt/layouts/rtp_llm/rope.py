@@ -12,10 +12,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import dtypes
-from ..model import Rope, Yarn
-from ..stored import constant
-from ..views import View
+from ... import dtypes
+from ...model import Rope, Yarn
+from ...stored import constant
+from ...views import View
 
 Floats = NDArray[np.float64]
 
