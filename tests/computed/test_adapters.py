@@ -329,6 +329,21 @@ def trained(name, turned=False, rank=4):
     return config, files, state, pairs, want
 
 
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_a_router_that_is_never_rounded(tmp_path, held):
+    """ERNIE's: the base's own bytes, whatever is asked for, and merged what the sum is in float32."""
+    config, files, _ = families.made("ernie4_5_moe")
+    router = "model.layers.0.mlp.gate"
+    base = files | {f"{router}.weight": files[f"{router}.weight"].to(held)}
+    pairs = thin(base, [router])
+    asked = {"config": config, "layout": "hf", "dtype": "bfloat16", "rank": 0}
+    assert torch.equal(fastckpt.reshard(base, **asked)[f"{router}.weight"], base[f"{router}.weight"])
+    got = fastckpt.reshard(base, adapter=write(tmp_path / "adapter", settings(), pairs), **asked)
+    wide = peft_writer.merged(base[f"{router}.weight"], *pairs[router], 6)
+    assert got[f"{router}.weight"].dtype == torch.float32
+    assert torch.equal(got[f"{router}.weight"], wide.float())
+
+
 @pytest.mark.parametrize(
     ("name", "turned"),
     [
@@ -507,7 +522,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("is tied", halves, tables=(table,), base=other)
     for layout in ("same", "hf"):  # the config is given, not beside
         refused("is tied", halves, tables=(table,), base=tied, config=tied_config, layout=layout)
-    fewer = {"config": tied_config | {"vocab_size": rows - 2}, "vocab_size": rows - 2, "layout": "hf"}
+    fewer = {"config": tied_config | {"vocab_size": width}, "vocab_size": width, "layout": "hf"}
     refused(
         "lm_head.weight and model.embed_tokens.weight are one tensor",
         halves,
@@ -515,6 +530,18 @@ def test_tensors_that_do_not_fit(tmp_path):
         base=tied,
         **fewer,
     )
+    for size in (rows - 2, rows + 2):  # a padded table, a config of before a resize
+        resized = tied_config | {"vocab_size": size}
+        for held in (tied, tied | {"lm_head.weight": tied[f"{table}.weight"].clone()}):
+            refused("is tied", halves, tables=(table,), base=held, config=resized, layout="same")
+        refused(
+            "is tied",
+            {},
+            {f"{table}.weight": torch.ones(rows, width)},
+            base=tied,
+            config=resized,
+            layout="same",
+        )
     unsaid = hub_directory(
         tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied
     )

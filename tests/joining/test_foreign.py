@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import fastckpt
 import pytest
 import torch
 from fastckpt import cli
-from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, gated, tiny
@@ -105,6 +106,16 @@ def test_a_recipe_of_a_file(tmp_path):
     ckpt = fastckpt.open_shards(tmp_path / "2", "vllm", tmp_path / "hub", tp=2, recipe=str(mine))
     holds(ckpt, hub)
     assert len(fastckpt.reshard(ckpt, 4, layout="vllm")) == 4
+    with pytest.raises(RecipeError):
+        fastckpt.open_shards(tmp_path / "2", "vllm", tmp_path / "hub", tp=2, recipe="gpt2")
+
+
+def test_shards_that_were_written_since_make_another_plan(tmp_path):
+    """A rank that is made of them is no part of a set with one that was made before."""
+    out, _, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {}, dict(tp=2))
+    before = fastckpt.open_shards(out, "vllm", shown, tp=2)
+    os.utime(out / "model-rank-1-part-0.safetensors", ns=(0, 1))
+    assert fastckpt.open_shards(out, "vllm", shown, tp=2).headers != before.headers
 
 
 def test_on_the_command_line(tmp_path, capsys):

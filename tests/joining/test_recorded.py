@@ -373,6 +373,11 @@ def test_a_shard_that_is_not_what_the_record_says(served, other):
     assert "model.norm.weight is float32[64] at byte" in message
 
 
+def test_a_tensor_of_which_two_ranks_have_other_bytes(served):
+    said = spoiled(served, lambda r: r["ranks"][1]["tensors"]["model.norm.weight"].update(digest="0" * 16))
+    assert "0/model.norm.weight and 1/model.norm.weight are the same elements of model.norm.weight" in said
+
+
 def test_names_of_shards_are_not_changed(served):
     with pytest.raises(SourceError, match="cannot be changed"):
         fastckpt.open(served, rename=[("model", "m")])

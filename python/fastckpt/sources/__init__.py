@@ -56,6 +56,9 @@ UNREAD = {
 _DEPTH, _MOST = 3, 1000
 """How far below a directory, and among how many names, its checkpoints are looked for."""
 
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".index.json")
+"""Of the files among those: other archives start as torch's do."""
+
 
 @paused()
 def open(
@@ -138,11 +141,16 @@ def _what_it_is(path: str) -> str:
     level = [""]
     for _ in range(_DEPTH):
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
-        inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
+        inside = [n for n in level if _may_be(os.path.join(path, n))]
         if inside:
             more = ", ..." if len(inside) > 8 else ""
             return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
     return f"no known checkpoint; looked for {looked_for}"
+
+
+def _may_be(path: str) -> bool:
+    """Whether a directory, or a file by its name too, looks like a checkpoint."""
+    return (path.endswith(_ENDINGS) or is_directory(path)) and any(s.matches(path) for s in _sources())
 
 
 def _names_in(path: str) -> list[str]:
