@@ -44,7 +44,7 @@ __all__ = [
     "type_name",
 ]
 
-MAX_PICKLE = 256 << 20
+MAX_PICKLE = 1 << 30
 """The longest pickle, in bytes."""
 
 _FORMS = 16
