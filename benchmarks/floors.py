@@ -27,7 +27,7 @@ from fastckpt.planning.copies import NOTHING
 from fastckpt.planning.plans import Plan
 from fastckpt.reader import Lane, Mapped
 from fastckpt.running.limits import BAND, STAGE
-from fastckpt.running.quantising import Job, Quantising
+from fastckpt.running.quantising import Quantising, Stretch
 
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -133,20 +133,20 @@ class GatherQuantise(GatherCast):
         self.ready()
 
     def ready(self) -> None:
-        """The jobs, which count what is left of their tensors."""
+        """The stretches, which count what is left of their tensors."""
         self.quantising = Quantising(self.plan, self.plan.slots(), {})
-        self.jobs = [
-            job
+        self.stretches = [
+            stretch
             for first, chunk in self.plan.chunks()
-            for job in self.quantising.jobs(first, chunk, self.binding)
+            for stretch in self.quantising.stretches(first, chunk, self.binding)
         ]
 
     def __call__(self) -> None:
-        each(self.binding, [*self.jobs, *self.batches], [partial(self.both, s) for s in self.staging])
+        each(self.binding, [*self.stretches, *self.batches], [partial(self.both, s) for s in self.staging])
 
-    def both(self, staging: np.ndarray, lane: Lane) -> Callable[[Batch | Job], None]:
+    def both(self, staging: np.ndarray, lane: Lane) -> Callable[[Batch | Stretch], None]:
         cast, quantise = self.worker(staging, lane), self.quantising.worker(lane, Digested())
-        return lambda item: quantise(item) if isinstance(item, Job) else cast(item)
+        return lambda item: quantise(item) if isinstance(item, Stretch) else cast(item)
 
 
 class Digested:

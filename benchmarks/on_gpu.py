@@ -33,7 +33,7 @@ ROWS = (
 )  # fmt: skip
 """Rows that share a process, what is asked first of a GPU before the others."""
 
-TESTS = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("rows", "road", "quant", "manager"))
+TESTS = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("rows", "road", "quant", "manager", "refusals"))
 """What all else stands on comes first: the time may be up."""
 
 OTHERS = {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
+from outputs import hub_directory
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
@@ -26,10 +27,7 @@ ARGS = dict(
 def written(tmp_path, made, tp=2, options=None, change=None, ep=1, **args):
     """(Megatron-LM's directories of ranks, the config, the hub's tensors). `change` edits a rank's state."""
     config, hub, *_ = made
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    save_file({n: x.contiguous() for n, x in hub.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = hub_directory(tmp_path / "hub", config, hub)
     root = tmp_path / "run" / "iter_0000007"
     placed = layout("megatron", {"vocab_padding": "64", **(options or {})})
     grid = Placement(tp=tp, dp=ep, ep=ep)

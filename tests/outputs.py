@@ -28,12 +28,13 @@ SPECS: list[Spec] = [
 ]
 
 
-def hub_directory(path: Path, config: dict[str, Any], hub: dict[str, torch.Tensor]) -> None:
-    """What save_pretrained leaves: a new directory of one file and its config."""
-    path.mkdir()
+def hub_directory(path: Path, config: dict[str, Any], hub: dict[str, torch.Tensor]) -> Path:
+    """What save_pretrained leaves: a directory of one file and its config."""
+    path.mkdir(exist_ok=True)
     whole = {n: x.contiguous() for n, x in hub.items()}
     save_file(whole, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def listing(path: Path) -> list[str]:

@@ -89,7 +89,7 @@ def grouped(x, name):
     low, high = boxes.amin(2).clamp(max=0), boxes.amax(2).clamp(min=0)
     scales = (high - low) / 15 if zeros else boxes.abs().amax(2) / torch.tensor(7.5)
     if kind != "int4":
-        scales = scales.half().float()
+        scales = scales.half().clamp(min=2.0**-24).float()
     scales[scales == 0] = 1.0
     least = -7 if kind == "gptq" else -8
     points = torch.round((-8 - low / scales).clamp(least, 7)) if zeros else torch.zeros_like(scales)

@@ -80,6 +80,14 @@ def shard(targets):
     return out
 
 
+def equal(got, want):
+    """Asserts that two dicts of torch tensors are one: names, shapes, dtypes, bits."""
+    assert sorted(got) == sorted(want)
+    for name, x in want.items():
+        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
+        assert (bits(got[name]) == bits(x)).all(), name
+
+
 def same(got, tensors):
     """Asserts that a `shard` holds exactly these torch tensors: names, shapes, dtypes, bits."""
     assert sorted(got) == sorted(tensors)

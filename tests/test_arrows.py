@@ -287,11 +287,10 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "layouts": (
         ("naming", "requirements", "hub_form", "cuts", "servers", "padding", "engines"),
         ("mixer_cuts",),
-        ("vllm_families",),
-        ("vllm_attention",),
         ("same", "hf", "vllm", "rtp_llm", "megatron", "patterns"),
         ("__init__",),
     ),
+    "layouts/vllm": (("families",), ("attention",), ("__init__",)),
     "layouts/rtp_llm": (
         ("merge", "split", "weights"),  # rtp-llm's catalogue, of which its layout is made
         ("matrices",),

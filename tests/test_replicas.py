@@ -213,9 +213,7 @@ def twice_named(path, **changes):
     config, hub, *_ = tiny.made("tied")
     matrix = torch.arange(8192 * 64, dtype=torch.float32).reshape(8192, 64)
     hub = {**hub, "model.embed_tokens.weight": matrix, "lm_head.weight": matrix.clone()}
-    path.mkdir()
-    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config | {"vocab_size": 8192} | changes))
+    hub_directory(path, config | {"vocab_size": 8192} | changes, hub)
     return hub
 
 

@@ -35,7 +35,7 @@ from fastckpt.running import limits, runs
 from fastckpt.running.tensors import torch_dtype
 from fastckpt.target import Target
 from layouts import families, oracle, tiny
-from reading import refuses_what_is_written_to
+from reading import equal, refuses_what_is_written_to
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_types import of_torch
@@ -44,13 +44,6 @@ from zero_writer import write_zero
 COMPILED = pytest.mark.skipif(not built(), reason="the compiled module is not built")
 READERS = [pytest.param(Mapped, marks=COMPILED), Positioned]
 LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm, "rtp_llm": oracle.rtp_llm}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plans_kept_here(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
-        yield
 
 
 def zero(path, name, *, stage=3, world=3, **more):
@@ -65,15 +58,6 @@ def zero(path, name, *, stage=3, world=3, **more):
     truth = write_zero(path, params, stage=stage, world=world, tied=tied, **more)
     (path / "config.json").write_text(json.dumps(config))
     return config, truth
-
-
-def same(got, want):
-    assert sorted(got) == sorted(want)
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
-        assert torch.equal(got[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)), (
-            name
-        )
 
 
 def wanted(layout, truth, config, tp, rank, dtype):
@@ -93,8 +77,8 @@ def test_zero_to_shards_in_memory(tmp_path, layout, tp, stage):
     shards = fastckpt.reshard(tmp_path, tp, layout=layout, dtype="bfloat16")
     assert len(shards) == tp
     for rank, shard in enumerate(shards):
-        same(shard, wanted(layout, truth, config, tp, rank, torch.bfloat16))
-    same(fastckpt.reshard(tmp_path, tp, rank=tp - 1, layout=layout, dtype="bfloat16"), shards[-1])
+        equal(shard, wanted(layout, truth, config, tp, rank, torch.bfloat16))
+    equal(fastckpt.reshard(tmp_path, tp, rank=tp - 1, layout=layout, dtype="bfloat16"), shards[-1])
 
 
 def shard_files(out):
@@ -113,7 +97,7 @@ def test_every_reader_and_executor_writes_the_same_files(tmp_path, monkeypatch, 
     got = shard_files(out)
     assert sorted(got) == ["model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"]
     for rank, shard in enumerate(got.values()):
-        same(shard, wanted("vllm", truth, config, 2, rank, torch.bfloat16))
+        equal(shard, wanted("vllm", truth, config, 2, rank, torch.bfloat16))
     assert report.bytes_read == report.bytes_needed
     assert fastckpt.verify(out).ok
 
@@ -128,7 +112,7 @@ def test_a_set_is_completed_by_its_last_rank(tmp_path):
     parts, whole = shard_files(tmp_path / "out"), shard_files(tmp_path / "whole")
     assert sorted(parts) == sorted(whole)
     for name in whole:
-        same(parts[name], whole[name])
+        equal(parts[name], whole[name])
     again = fastckpt.reshard(tmp_path / "in", 2, rank=1, layout="hf", out=tmp_path / "out")
     assert again.bytes_read == again.bytes_written == 0 and "done already" in again.notes[-1]
     with pytest.raises(WriteError, match="another plan"):
@@ -142,7 +126,7 @@ def test_many_files_and_an_index(tmp_path):
     files = shard_files(tmp_path / "out")
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     merged = {n: t for part in files.values() for n, t in part.items()}
-    same(merged, wanted("hf", truth, config, 1, 0, torch.float32))
+    equal(merged, wanted("hf", truth, config, 1, 0, torch.float32))
     assert all(n in files[f] for n, f in index["weight_map"].items())
 
 
@@ -154,11 +138,11 @@ def test_the_callers_tensors_are_filled_in_place(tmp_path):
     report = fastckpt.reshard(tmp_path, 2, layout="vllm", dtype="bfloat16", out=own)
     assert report.out is None and report.tensors == sum(map(len, own))
     for got, want, pointers in zip(own, fresh, where, strict=True):
-        same(got, want)
+        equal(got, want)
         assert {n: t.data_ptr() for n, t in got.items()} == pointers
     one = {n: torch.zeros_like(t) for n, t in fresh[1].items()}
     fastckpt.reshard(tmp_path, 2, rank=1, layout="vllm", dtype="bfloat16", out=one)
-    same(one, fresh[1])
+    equal(one, fresh[1])
 
     name = next(iter(one))
     for broken, message in (
@@ -285,7 +269,7 @@ def test_tensors_in_memory_are_a_checkpoint():
     config, files, _ = tiny.made("mixtral")
     shards = fastckpt.reshard(files, 2, layout="vllm", config=config)
     for rank, shard in enumerate(shards):
-        same(shard, oracle.vllm(files, config, 2, rank))
+        equal(shard, oracle.vllm(files, config, 2, rank))
     with pytest.raises(RecipeError, match="config"):
         fastckpt.reshard(files, 2, layout="vllm")
 
@@ -467,7 +451,7 @@ def test_memory_and_threads_are_bounded(tmp_path):
     with pytest.raises(WriteError, match="threads"):
         fastckpt.reshard(tmp_path / "in", threads=0)
     small = fastckpt.reshard(tmp_path / "in", layout="same", memory="70MiB", threads=16)[0]
-    same(small, truth)
+    equal(small, truth)
 
 
 def test_a_source_cut_short_while_it_is_read_is_an_error(tmp_path):
@@ -513,14 +497,14 @@ def test_a_kept_plan_gives_the_same_bytes(tmp_path, monkeypatch):
     assert second.key != plan.key, "another checkpoint is another set"
     shards = fastckpt.reshard(tmp_path / "two", 2, layout="vllm", dtype="bfloat16")
     for rank, shard in enumerate(shards):
-        same(shard, wanted("vllm", moved, config, 2, rank, torch.bfloat16))
+        equal(shard, wanted("vllm", moved, config, 2, rank, torch.bfloat16))
 
 
 def test_a_kept_plan_knows_which_memory_a_tensor_lies_in():
     one, two = torch.arange(8.0), torch.arange(8.0) + 100
     for third in (one, two):
         held = {"a": one[:4], "b": two[:4], "c": third[4:]}
-        same(fastckpt.reshard(held, layout="same")[0], held)
+        equal(fastckpt.reshard(held, layout="same")[0], held)
 
 
 @pytest.mark.parametrize("rank", [None, 0])
@@ -558,12 +542,12 @@ def test_a_source_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, 
 def test_a_damaged_kept_plan_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCKPT_CACHE", str(tmp_path / "plans"))
     _, truth = zero(tmp_path / "in", "mixtral")
-    same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+    equal(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
     for path in (tmp_path / "plans").iterdir():
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+    equal(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
 
 
 def test_a_kept_plan_under_anothers_name_is_not_used(tmp_path, monkeypatch):
@@ -577,8 +561,8 @@ def test_a_kept_plan_under_anothers_name_is_not_used(tmp_path, monkeypatch):
     fastckpt.reshard(tmp_path / "b", layout="same")
     (of_b,) = set(plans.iterdir()) - {of_a}
     of_b.write_bytes(of_a.read_bytes())
-    same(fastckpt.reshard(tmp_path / "b", layout="same")[0], truth[1])
-    same(first[0], truth[0])
+    equal(fastckpt.reshard(tmp_path / "b", layout="same")[0], truth[1])
+    equal(first[0], truth[0])
 
 
 def test_a_plan_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
@@ -589,7 +573,7 @@ def test_a_plan_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
     truth = write_zero(tmp_path / "in", {"w": torch.randn(4, 2)}, stage=3, world=2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        same(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
+        equal(fastckpt.reshard(tmp_path / "in", layout="same")[0], truth)
     assert not list((tmp_path / "plans").iterdir())
 
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("fastckpt._C", reason="the compiled module is not built")
 
 TESTS = Path(__file__).parent
-FILES = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("rows", "road", "quant", "manager"))
+FILES = tuple(f"tests/gpu/test_gpu_{name}.py" for name in ("rows", "road", "quant", "manager", "refusals"))
 LARGE = "four_gib or many_rows or lines or transposes or every_value"
 """Those of rows that test_tiles.py and test_casts.py run on the host in other sizes."""
 

@@ -305,6 +305,8 @@ def test_cat_refuses_what_does_not_fit() -> None:
         cat([a, a.T])
     with pytest.raises(ViewError, match="does not fit"):
         cat([a, a.merge(0)])
+    with pytest.raises(ViewError, match="does not fit"):
+        cat([a, zeros((4,), dtypes.int64)], 1)
     with pytest.raises(ViewError, match="float32 does not fit int64"):
         cat([a, zeros((4, 6), dtypes.float32)])
     with pytest.raises(ViewError, match="no views"):
@@ -344,11 +346,14 @@ def test_cast_refuses_a_second_rounding() -> None:
         floats(dtypes.float32).cast(dtypes.bfloat16).cast(dtypes.float32)
     twice = floats(dtypes.bfloat16).cast(dtypes.float32).cast(dtypes.float16)
     assert twice.dtype is dtypes.float16 and twice.stored.tolist() == [dtypes.bfloat16.code]
+    once = floats(dtypes.float32).cast(dtypes.bfloat16)
+    assert once.cast(dtypes.bfloat16) is once
 
 
 def test_what_must_not_be_rounded_is_stored_in_one_dtype() -> None:
     wide, narrow = floats(dtypes.float32), floats(dtypes.bfloat16)
-    assert wide.cast(dtypes.bfloat16).pad(0, 0, 1).as_stored().dtype is dtypes.float32
+    before = wide.cast(dtypes.bfloat16).pad(0, 0, 1).reshape((9,)).as_stored()
+    assert before.dtype is dtypes.float32 and before.size.tolist() == [[6], [3]]
     with pytest.raises(ViewError, match="what must not be rounded lies in 2 dtypes"):
         cat([wide.cast(dtypes.bfloat16), narrow]).as_stored()
 

@@ -6,7 +6,8 @@ a checkpoint of a thousand ranks costs its headers, not its fragments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -171,6 +172,11 @@ class Checkpoint:
     replicas: tuple[Replica, ...] = ()
     take_first: bool = False
 
+    @property
+    def config_file(self) -> File | None:
+        """The config.json among `beside`, whose values `config` has."""
+        return config_among(self.beside)
+
     def __getitem__(self, name: str) -> View:
         """The view of a tensor; a tied name gives its holder's. Raises SourceError naming near misses."""
         entry = self.entries.get(self.aliases.get(name, name))
@@ -188,3 +194,8 @@ class Checkpoint:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def config_among(beside: Iterable[File]) -> File | None:
+    """The config.json of these files, None where there is none."""
+    return next((file for file in beside if os.path.basename(file.path) == "config.json"), None)

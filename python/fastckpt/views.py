@@ -468,7 +468,7 @@ def _stacked(parts: list[Rows], ndim: int) -> Rows:
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Neighbouring axes of equal product: (how many old axes, the new ones), left to right."""
     out, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
+    while i < len(old):  # no axis is a unit, so that both end at once
         a, b = old[i], new[j]
         i0, j0 = i, j
         i, j = i + 1, j + 1

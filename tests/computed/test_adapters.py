@@ -14,33 +14,26 @@ from fastckpt.cli import main
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from fastckpt.layouts import layout as layout_of
 from layouts import families, tiny
+from outputs import hub_directory
 from peft_writer import PREFIX, settings, thin, write
-from safetensors.torch import load_file, save_file
+from reading import equal
+from safetensors.torch import load_file
 from zero_writer import write_zero
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
            "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 
 
-def hub(folder, config, tensors):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({n: x.contiguous() for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def llama_like(tmp_path, name="qwen3", **options):
     """(base directory, its config, its tensors, {module: (A, B)}) of a tiny model."""
     config, tensors, _ = tiny.made(name)
     modules = [f"model.layers.{i}.{m}" for i in range(2) for m in MODULES]
-    return hub(tmp_path / "base", config, tensors), config, tensors, thin(tensors, modules, **options)
-
-
-def equal(got, want):
-    assert sorted(got) == sorted(want)
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and got[name].shape == x.shape, name
-        assert torch.equal(got[name], x), name
+    return (
+        hub_directory(tmp_path / "base", config, tensors),
+        config,
+        tensors,
+        thin(tensors, modules, **options),
+    )
 
 
 def whole(tensors, pairs, alpha=6, **options):
@@ -185,7 +178,7 @@ def test_square_matrices_are_turned_as_the_base_lies(tmp_path, name, turned, sai
 
 def test_transposed_and_fused_matrices(tmp_path):
     config, tensors, _ = tiny.made("gpt2")
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     modules = [f"transformer.h.{i}.{m}" for i in range(2) for m in ("attn.c_attn", "mlp.c_proj")]
     pairs = thin(tensors, modules, flipped=True)
     adapter = write(tmp_path / "adapter", settings(fan_in_fan_out=True), pairs)
@@ -195,7 +188,7 @@ def test_transposed_and_fused_matrices(tmp_path):
         for got, one in zip(fastckpt.reshard(base, tp=4, layout=layout, adapter=adapter), want, strict=True):
             equal(got, one)
     config, tensors, _ = families.made("falcon-new")
-    base = hub(tmp_path / "falcon", config, tensors)
+    base = hub_directory(tmp_path / "falcon", config, tensors)
     pairs = thin(tensors, [f"transformer.h.{i}.self_attention.query_key_value" for i in range(2)])
     adapter = write(tmp_path / "other", settings(), pairs)
     want = fastckpt.reshard(whole(tensors, pairs), tp=2, config=config, layout="vllm")
@@ -283,7 +276,7 @@ def test_apart_each_rank_has_what_it_has_of_the_base(tmp_path):
 def test_apart_follows_fused_matrices(tmp_path):
     """B's rows are those that the rank holds of the fused matrix."""
     config, tensors, _ = families.made("bloom")
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     name = "transformer.h.1.self_attention.query_key_value"
     pairs = thin(tensors, [name])
     a, b = pairs[name]
@@ -336,6 +329,21 @@ def trained(name, turned=False, rank=4):
     return config, files, state, pairs, want
 
 
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_a_router_that_is_never_rounded(tmp_path, held):
+    """ERNIE's: the base's own bytes, whatever is asked for, and merged what the sum is in float32."""
+    config, files, _ = families.made("ernie4_5_moe")
+    router = "model.layers.0.mlp.gate"
+    base = files | {f"{router}.weight": files[f"{router}.weight"].to(held)}
+    pairs = thin(base, [router])
+    asked = {"config": config, "layout": "hf", "dtype": "bfloat16", "rank": 0}
+    assert torch.equal(fastckpt.reshard(base, **asked)[f"{router}.weight"], base[f"{router}.weight"])
+    got = fastckpt.reshard(base, adapter=write(tmp_path / "adapter", settings(), pairs), **asked)
+    wide = peft_writer.merged(base[f"{router}.weight"], *pairs[router], 6)
+    assert got[f"{router}.weight"].dtype == torch.float32
+    assert torch.equal(got[f"{router}.weight"], wide.float())
+
+
 @pytest.mark.parametrize(
     ("name", "turned"),
     [
@@ -352,7 +360,7 @@ def test_stacks_of_experts(tmp_path, name, turned):
     """target_parameters, over the hub's spelling and the one in training, in every layout."""
     config, files, state, pairs, want = trained(name, turned)
     adapter = write(tmp_path / "adapter", settings(target_parameters=STACKS), pairs)
-    base = hub(tmp_path / "base", config, files)
+    base = hub_directory(tmp_path / "base", config, files)
     equal(fastckpt.reshard(state, config=config, layout="same", adapter=adapter)[0], want)
     saved = fastckpt.reshard(want, config=config, layout="hf")[0]
     bases = [state]
@@ -381,7 +389,7 @@ def test_stacks_with_ranks_of_their_own(tmp_path):
     pairs = {m: pair for m, pair in pairs.items() if m in wrappers.values()}
     targets = ["gate_up_proj", "down_proj"]
     adapter = write(tmp_path / "adapter", settings(target_parameters=targets, **patterns), pairs)
-    got = fastckpt.reshard(hub(tmp_path / "base", config, files), layout="hf", adapter=adapter)[0]
+    got = fastckpt.reshard(hub_directory(tmp_path / "base", config, files), layout="hf", adapter=adapter)[0]
     equal(got, fastckpt.reshard(want, config=config, layout="hf")[0])
 
 
@@ -407,7 +415,7 @@ def test_stacks_that_were_trained_with_their_base(tmp_path):
 
 def test_stacks_that_do_not_fit(tmp_path):
     config, files, state, pairs, _ = trained("qwen3_moe")
-    base = hub(tmp_path / "base", config, files)
+    base = hub_directory(tmp_path / "base", config, files)
     outer, inner = (f"model.layers.1.mlp.experts{at}" for at in ("", ".base_layer"))
     pairs = {m: pairs[m] for m in (outer, inner)}
     (a, b), count = pairs[outer], len(state[f"{outer}.down_proj"])
@@ -507,14 +515,14 @@ def test_tensors_that_do_not_fit(tmp_path):
     refused("layouts hf and rtp_llm alone", {q: (a, b)}, quant="int8", apart=True)
     refused("quant none: an adapter is merged into what is dense already", {q: (a, b)}, quant="none")
     tied_config, tied, _ = tiny.made("tied")
-    other = hub(tmp_path / "tied", tied_config, tied)
+    other = hub_directory(tmp_path / "tied", tied_config, tied)
     table = "model.embed_tokens"
     rows, width = tied[f"{table}.weight"].shape
     halves = {table: (torch.ones(4, rows), torch.ones(width, 4))}
     refused("is tied", halves, tables=(table,), base=other)
     for layout in ("same", "hf"):  # the config is given, not beside
         refused("is tied", halves, tables=(table,), base=tied, config=tied_config, layout=layout)
-    fewer = {"config": tied_config | {"vocab_size": rows - 2}, "vocab_size": rows - 2, "layout": "hf"}
+    fewer = {"config": tied_config | {"vocab_size": width}, "vocab_size": width, "layout": "hf"}
     refused(
         "lm_head.weight and model.embed_tokens.weight are one tensor",
         halves,
@@ -522,7 +530,21 @@ def test_tensors_that_do_not_fit(tmp_path):
         base=tied,
         **fewer,
     )
-    unsaid = hub(tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied)
+    for size in (rows - 2, rows + 2):  # a padded table, a config of before a resize
+        resized = tied_config | {"vocab_size": size}
+        for held in (tied, tied | {"lm_head.weight": tied[f"{table}.weight"].clone()}):
+            refused("is tied", halves, tables=(table,), base=held, config=resized, layout="same")
+        refused(
+            "is tied",
+            {},
+            {f"{table}.weight": torch.ones(rows, width)},
+            base=tied,
+            config=resized,
+            layout="same",
+        )
+    unsaid = hub_directory(
+        tmp_path / "unsaid", {k: v for k, v in tied_config.items() if "tie_" not in k}, tied
+    )
     for one in (other, unsaid):
         for name in (table, "lm_head"):  # modules_to_save, in any layout
             for layout in ("same", "hf"):

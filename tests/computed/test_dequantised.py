@@ -16,6 +16,7 @@ from fastckpt.running import runs
 from fastckpt.running.computing import Computing
 from quant_oracle import E2M1, GROUPS
 from quantisation.test_quant_road import linear, model
+from reading import equal
 from safetensors.torch import load_file, save_file
 
 PLAIN = ("int8", "fp8", "fp8-channel", "fp8-block", "int4-group32", "mxfp4", "mxfp8")
@@ -51,12 +52,6 @@ def source(tmp_path, scheme, family="llama"):
     return dict(config), want
 
 
-def same(got, want):
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dense_again_at_any_cut(tmp_path, scheme):
     config, want = source(tmp_path, scheme)
@@ -64,7 +59,7 @@ def test_dense_again_at_any_cut(tmp_path, scheme):
         got = fastckpt.reshard(tmp_path / "in", tp, layout=layout, quant="none", dtype="float32")
         oracle = fastckpt.reshard(want, tp, layout=layout, config=config)
         for a, b in zip(got, oracle, strict=True):
-            same(a, b)
+            equal(a, b)
 
 
 @pytest.mark.parametrize("scheme", ["fp8-block", "awq-group32", "gptq-group64-zero"])
@@ -74,7 +69,7 @@ def test_files_in_sixteen_bits(tmp_path, scheme):
         tmp_path / "in", quant="none", dtype="bfloat16", out=tmp_path / "out", threads=2
     )
     assert fastckpt.verify(tmp_path / "out").ok
-    same(load_file(tmp_path / "out" / "model.safetensors"), {n: t.bfloat16() for n, t in want.items()})
+    equal(load_file(tmp_path / "out" / "model.safetensors"), {n: t.bfloat16() for n, t in want.items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     assert report.bytes_read < sum(4 * t.numel() for t in want.values())
     assert report.bytes_needed is None  # a scale serves many values
@@ -85,10 +80,10 @@ def test_files_in_sixteen_bits(tmp_path, scheme):
 def test_the_dtype_is_the_configs_or_bfloat16(tmp_path):
     _, want = source(tmp_path, "int8")
     made = fastckpt.reshard(tmp_path / "in", quant="none", rank=0)
-    same(made, {n: t.bfloat16() if linear(n) else t for n, t in want.items()})
+    equal(made, {n: t.bfloat16() if linear(n) else t for n, t in want.items()})
     told = json.loads((tmp_path / "in" / "config.json").read_text()) | {"dtype": "float16"}
     made = fastckpt.reshard(tmp_path / "in", quant="none", rank=0, config=told)
-    same(made, {n: t.half() if linear(n) else t for n, t in want.items()})
+    equal(made, {n: t.half() if linear(n) else t for n, t in want.items()})
 
 
 def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
@@ -98,7 +93,7 @@ def test_small_bands_and_reading_by_position(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(runs, "pick", lambda *_: pick("torch"))
     got = fastckpt.reshard(tmp_path / "in", 2, layout="rtp_llm", quant="none", dtype="float32", rank=1)
-    same(got, fastckpt.reshard(want, 2, layout="rtp_llm", config=config, rank=1))
+    equal(got, fastckpt.reshard(want, 2, layout="rtp_llm", config=config, rank=1))
 
 
 def test_blocks_that_the_edge_cuts_and_reordered_inputs():
@@ -108,7 +103,7 @@ def test_blocks_that_the_edge_cuts_and_reordered_inputs():
     each = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
     state = {"a.weight": weight, "a.weight_scale_inv": scale, "b.bias": torch.randn(3)}
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
-    same(got, {"a.weight": weight.float() * each, "b.bias": state["b.bias"]})
+    equal(got, {"a.weight": weight.float() * each, "b.bias": state["b.bias"]})
     q = torch.randint(0, 16, (96, 64))
     zeros, scales = torch.randint(0, 16, (3, 64)), torch.rand(3, 64).half()
     group = torch.randperm(96) % 3
@@ -121,7 +116,7 @@ def test_blocks_that_the_edge_cuts_and_reordered_inputs():
     }
     want = ((q - zeros[group]).float() * scales.float()[group]).T
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
-    same(got, {"c.weight": want})
+    equal(got, {"c.weight": want})
 
 
 @pytest.mark.parametrize("inputs", [96, 80, 72])
@@ -139,18 +134,18 @@ def test_a_last_group_may_be_short(inputs):
     want = ((q - zeros[group]).float() * scales.float()[group]).T
     config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
-    same(got, {"c.weight": want})
+    equal(got, {"c.weight": want})
     (got,) = fastckpt.reshard(
         state | {"c.g_idx": group.int()}, layout="same", quant="none", dtype="float32", config=config
     )
-    same(got, {"c.weight": want})
+    equal(got, {"c.weight": want})
     config["quantization_config"]["format"] = "gptq_v2"  # zero points are stored as they are
     state["c.qzeros"] = sum(zeros[:, k::8].int() << (4 * k) for k in range(8)).int()
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
-    same(got, {"c.weight": want})
+    equal(got, {"c.weight": want})
     within = {"text_config": config, "model_type": "x"}  # as Kimi K2.5's hub says it
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=within)
-    same(got, {"c.weight": want})
+    equal(got, {"c.weight": want})
 
 
 def test_recurrent_weights_and_scales_of_inputs():
@@ -162,7 +157,7 @@ def test_recurrent_weights_and_scales_of_inputs():
     )
     assert torch.equal(got.pop("input_scale"), torch.ones(1))  # of no quantised matrix
     want = {n: dense(t, "int8-dynamic-channel") if t.ndim == 2 else t for n, t in model.state_dict().items()}
-    same(got, want)
+    equal(got, want)
     state = {"a.weight": torch.ones(2, 2, dtype=torch.int8), "a.weight_scale": torch.ones(1)}
     for leaf in ("input_scale", "activation_scale"):
         (got,) = fastckpt.reshard(state | {f"a.{leaf}": torch.ones(1)}, layout="same", quant="none")
@@ -180,12 +175,12 @@ def test_compressed_tensors_of_other_kinds():
     scale, zero = torch.rand(24, 1).bfloat16(), torch.randint(-9, 9, (24, 1)).to(torch.int8)
     state = {"a.weight": values, "a.weight_scale": scale, "a.weight_zero_point": zero}
     (got,) = fastckpt.reshard(state, layout="same", quant="none")
-    same(got, {"a.weight": ((values.float() - zero.float()) * scale.float()).bfloat16()})
+    equal(got, {"a.weight": ((values.float() - zero.float()) * scale.float()).bfloat16()})
     groups = torch.rand(24, 2)
     (got,) = fastckpt.reshard(
         {"a.weight": values, "a.weight_scale": groups}, layout="same", quant="none", dtype="float16"
     )
-    same(got, {"a.weight": (values.float() * groups.repeat_interleave(32, 1)).half()})
+    equal(got, {"a.weight": (values.float() * groups.repeat_interleave(32, 1)).half()})
     said = {
         "quant_method": "compressed-tensors",
         "config_groups": {"group_0": {"weights": {"num_bits": 8, "group_size": 32}}},
@@ -194,7 +189,7 @@ def test_compressed_tensors_of_other_kinds():
     packed = {"a.weight_packed": words, "a.weight_scale": groups, "a.weight_shape": torch.tensor([24, 64])}
     config = {"quantization_config": said}
     (got,) = fastckpt.reshard(packed, layout="same", quant="none", dtype="float32", config=config)
-    same(got, {"a.weight": values.float() * groups.repeat_interleave(32, 1)})
+    equal(got, {"a.weight": values.float() * groups.repeat_interleave(32, 1)})
     with pytest.raises(SourceError, match="stored shape"):
         fastckpt.reshard(
             packed | {"a.weight_shape": torch.tensor([24, 60])}, layout="same", quant="none", config=config
@@ -210,18 +205,18 @@ def test_compressed_tensors_of_microscaled_floats():
     factors = (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
     state = {"a.weight_packed": pairs, "a.weight_scale": exponents}
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32")
-    same(got, {"a.weight": means * factors})
+    equal(got, {"a.weight": means * factors})
     eight = torch.randn(24, 96).to(torch.float8_e4m3fn)
     state = {"a.weight": eight, "a.weight_scale": exponents}
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="bfloat16")
-    same(got, {"a.weight": (eight.float() * factors).bfloat16()})
+    equal(got, {"a.weight": (eight.float() * factors).bfloat16()})
     scales, whole = torch.rand(24, 6).mul(400).to(torch.float8_e4m3fn), torch.tensor([917.3])
     state = {
         "a.weight_packed": pairs, "a.weight_scale": scales, "a.weight_global_scale": whole,
         "a.input_global_scale": torch.ones(1),
     }  # fmt: skip
     (got,) = fastckpt.reshard(state, layout="same", quant="none")
-    same(got, {"a.weight": (means * (scales.float() / whole).repeat_interleave(16, 1)).bfloat16()})
+    equal(got, {"a.weight": (means * (scales.float() / whole).repeat_interleave(16, 1)).bfloat16()})
 
 
 MODELOPT = {
@@ -261,7 +256,7 @@ def test_modelopt(tmp_path, each):
         "micro.weight": means * powers,
     }  # fmt: skip
     got = load_file(tmp_path / "out/model.safetensors")
-    same(got, {n: w.half() for n, w in want.items()} | {"norm.weight": state["norm.weight"]})
+    equal(got, {n: w.half() for n, w in want.items()} | {"norm.weight": state["norm.weight"]})
     assert not (tmp_path / "out/hf_quant_config.json").exists()
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"dtype": "float16"}
 
@@ -475,7 +470,7 @@ def test_the_command_line(tmp_path, capsys):
     line = ["reshard", str(tmp_path / "in"), str(tmp_path / "out"), "--quant", "none", "--dtype", "float16"]
     assert main([*line, "--quant-include", "*"]) == 2
     assert main(line) == 0
-    same(load_file(tmp_path / "out" / "model.safetensors"), {n: t.half() for n, t in want.items()})
+    equal(load_file(tmp_path / "out" / "model.safetensors"), {n: t.half() for n, t in want.items()})
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-channel", "fp8-block"])
@@ -493,7 +488,7 @@ def test_bytes_are_never_cast_without_their_scales(tmp_path, scheme):
         fastckpt.reshard(tmp_path / "in", tp_plan={"*": "replicate"}, dtype="bfloat16")
     with pytest.raises(LayoutError, match=refused):
         fastckpt.consolidate(tmp_path / "in")
-    same({name: fastckpt.consolidate(tmp_path / "in", dtype=None)[name]}, {name: stored[name]})
+    equal({name: fastckpt.consolidate(tmp_path / "in", dtype=None)[name]}, {name: stored[name]})
 
     class Module(torch.nn.Module):
         def state_dict(self, **_):
@@ -513,4 +508,4 @@ def test_scales_are_never_rounded(tmp_path, scheme):
         fastckpt.reshard(tmp_path / "in", layout="same", dtype="bfloat16")
     stored = load_file(tmp_path / "in/model.safetensors")
     got = fastckpt.reshard(tmp_path / "in", layout="same", dtype="float32")[0]
-    same(got, {n: t.float() if t.dtype == torch.float16 else t for n, t in stored.items()})
+    equal(got, {n: t.float() if t.dtype == torch.float16 else t for n, t in stored.items()})

@@ -27,6 +27,7 @@ from fastckpt.quantisation import rounding
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from layouts.quantised import HEADS, KV, D
 from layouts.test_rtp_quantised import experts, heads, once, packed, rowwise
+from reading import equal
 from safetensors.torch import load_file
 from zero_writer import write_zero
 
@@ -63,15 +64,6 @@ def model(count=0, head=D, dtype=torch.float32):
     torch.manual_seed(count + head)
     made = {n: torch.randn(s) * torch.randn(s[0], *[1] * (len(s) - 1)).exp() for n, s in shapes.items()}
     return config, {n: x.to(dtype) for n, x in made.items()}
-
-
-def same(got, want):
-    """Names, shapes, dtypes and bits."""
-    assert sorted(got) == sorted(want)
-    for name, x in want.items():
-        a, b = got[name].contiguous(), x.contiguous()
-        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), name
 
 
 @functools.cache
@@ -121,7 +113,7 @@ def check(shard, want, place="rank_{:02d}_00_00", rank=0):
     """Kernels, scales and zeros; what stays dense has layouts' tests of its own."""
     at = f"{place.format(rank)}.layers.0."
     got = {n: x for n, x in shard.items() if any(k in n for k in ("query", "output", "intermediate"))}
-    same(got, {at + n: x for n, x in want.items()})
+    equal(got, {at + n: x for n, x in want.items()})
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -155,7 +147,7 @@ def test_one_scale_of_what_is_joined():
     at = "rank_00_00_00.layers.0.self_attention_weights.query_weight."
     values, scale = once(t, [f"{AT}self_attn.{p}_proj." for p in "qkv"], [slice(None)] * 3)
     got = {n: shard[at + n] for n in ("kernel", "weight_only_quant_scale")}
-    same(got, {"kernel": values, "weight_only_quant_scale": scale})
+    equal(got, {"kernel": values, "weight_only_quant_scale": scale})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,7 +180,7 @@ def test_vllm_keeps_a_scale_for_each_matrix_it_fuses(tp):
             f"{m}down_proj.weight": t[f"{m}down_proj.weight"].chunk(tp, 1)[r],
             f"{m}down_proj.weight_scale": t[f"{m}down_proj.weight_scale"],
         }  # fmt: skip
-        same({n: x for n, x in shard.items() if "_proj" in n}, want)
+        equal({n: x for n, x in shard.items() if "_proj" in n}, want)
 
 
 def test_vllm_keeps_scales_of_experts_apart():
@@ -204,7 +196,7 @@ def test_vllm_keeps_scales_of_experts_apart():
         "w2_weight_scale": torch.stack([t[f"{e}down_proj.weight_scale"] for e in each]),
     }
     got = {n: x for n, x in shard.items() if ".experts." in n}
-    same(got, {f"{AT}mlp.experts.{n}": x for n, x in want.items()})
+    equal(got, {f"{AT}mlp.experts.{n}": x for n, x in want.items()})
 
 
 # ---- on the road ----
@@ -358,7 +350,7 @@ def test_an_adapter_is_merged_first(tmp_path):
     dense = fastckpt.reshard(tensors, adapter=tmp_path / "lora", config=config, rank=0)
     want = fastckpt.reshard(dense, quant="int8", **asked)
     got = fastckpt.reshard(tensors, adapter=tmp_path / "lora", quant="int8", **asked)
-    same(got, want)
+    equal(got, want)
     base = fastckpt.reshard(tensors, quant="int8", **asked)
     name = "rank_00_00_00.layers.0.self_attention_weights.attention_output_weight.kernel"
     assert not torch.equal(got[name], base[name])
@@ -505,10 +497,10 @@ def test_an_engine_has_more_beside(tmp_path, scheme):
         more = {f"{at}_{x}_scale": torch.ones(()) for x in ("k", "q", "v", "prob")}
         more |= {f"{at}{x}_scale": torch.ones(1) for x in "qkv"}
         more |= {f"{at}{x}_zero_point": torch.zeros(1) for x in "qkv"}
-        same(got, want | more)
+        equal(got, want | more)
     assert fastckpt.verify(tmp_path / "out", engine=ENGINE).problems == ()
     back = fastckpt.reshard(tmp_path / "out", rank=0)
-    same(back, hub(scheme))
+    equal(back, hub(scheme))
 
 
 INT4 = ("int4-group32", "int4-group32-zero", "awq-group32", "gptq-group32")
@@ -533,13 +525,13 @@ def test_vllms_four_bits_are_those_of_a_quantised_source(tmp_path, engine, schem
             mine, theirs = (
                 {n: x for n, x in s.items() if not n.endswith(("shape", "g_idx"))} for s in (mine, theirs)
             )
-        same(mine, theirs)
+        equal(mine, theirs)
     if engine:
         fastckpt.reshard(tensors, **given, out=tmp_path / "out")
         assert fastckpt.verify(tmp_path / "out", engine=ENGINE).problems == ()
         back = fastckpt.reshard(tmp_path / "out", rank=0)
         hub = load_file(tmp_path / "hub" / "model.safetensors")
-        same(back, {n: x.to(back[n].dtype) for n, x in hub.items() if not n.endswith("g_idx")})
+        equal(back, {n: x.to(back[n].dtype) for n, x in hub.items() if not n.endswith("g_idx")})
 
 
 @pytest.mark.parametrize("count", [0, EXPERTS])
@@ -579,7 +571,7 @@ def test_rtp_llm_takes_int4_of_experts(tmp_path):
             want[f"{moe}{end}.kernel"] = torch.stack([torch.cat([v for v, _ in x]) for x in each])
             scales = torch.stack([torch.cat([s for _, s in x]) for x in each])
             want[f"{moe}{end}.weight_only_quant_scale"] = scales.bfloat16()
-        same({n: x for n, x in shard.items() if "moe_weights.intermediate" in n}, want)
+        equal({n: x for n, x in shard.items() if "moe_weights.intermediate" in n}, want)
         o = tensors[f"{AT}self_attn.o_proj.weight"].chunk(2, 1)[r].T
         assert torch.equal(shard[f"{at}self_attention_weights.attention_output_weight.kernel"], o)
 
@@ -593,11 +585,11 @@ def test_what_an_engine_has_of_others_is_refused():
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
     carried = fastckpt.reshard(source, layout=asked, config=config | {"quantization_config": said}, rank=0)
-    same(carried, fastckpt.reshard(tensors, layout=asked, config=config, quant="int8", rank=0))
+    equal(carried, fastckpt.reshard(tensors, layout=asked, config=config, quant="int8", rank=0))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "fp8-channel", "awq-group32"])
 def test_rtp_llm_is_read_back(tmp_path, scheme):
     config, tensors = model()
     fastckpt.reshard(tensors, 4, layout="rtp_llm", config=config, quant=scheme, out=tmp_path / "out")
-    same(fastckpt.reshard(tmp_path / "out", rank=0), hub(scheme))
+    equal(fastckpt.reshard(tmp_path / "out", rank=0), hub(scheme))

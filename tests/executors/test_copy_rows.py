@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -80,11 +80,56 @@ def row(
     return r
 
 
-def even_lines(
-    rng: np.random.Generator, src: DType, dst: DType
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Rows, their sources and the bytes they fill: planes of lines whose lengths and distances are multiples
-    of 16 bytes, shorter and longer than a tile of a GPU's; zeros; NaN here and there."""
+Case = tuple[np.ndarray, np.ndarray, int]
+"""A row, its source, and the bytes of its destination, those behind what it fills among them."""
+
+
+def transposes(
+    rng: np.random.Generator,
+    src: DType,
+    dst: DType,
+    sides: Iterable[tuple[int, int]],
+    places: Sequence[tuple[int, int]],
+) -> Iterator[Case]:
+    """Transposes of so many rows and columns; each with lines so many elements longer, from such a byte."""
+    for rows, cols in sides:
+        for pad, at in places:
+            pitch = (cols + pad) * src.itemsize
+            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
+            made = row(src, dst, (cols, rows), *strides, (at, at))
+            yield made, noise(rng, at + rows * pitch), at + cols * (rows + pad) * dst.itemsize + 64
+
+
+def lines(
+    rng: np.random.Generator,
+    src: DType,
+    dst: DType,
+    sizes: Iterable[tuple[int, int]],
+    places: Sequence[int],
+) -> Iterator[Case]:
+    """So many lines of so many elements, close together or not, at each of these bytes of the destination and
+    as far before byte 24 of the source."""
+    s, d = src.itemsize, dst.itemsize
+    for count, n in sizes:
+        for at in places:
+            for wide in (n, n + 1, n + 16) if count > 1 else (n,):
+                made = row(src, dst, (count, n), (wide * s, s), (wide * d, d), (24 - at, at))
+                yield made, noise(rng, 24 + count * wide * s), 88 + count * wide * d
+
+
+def many_rows(rng: np.random.Generator, count: int, longest: int) -> Case:
+    """Rows of up to so many fp32, all of them bf16 side by side."""
+    sizes = rng.integers(1, longest, count)
+    ends = np.cumsum(sizes)
+    rows = np.repeat(row(BY_NAME["float32"], BY_NAME["bfloat16"], (1,), (4,), (2,)), count)
+    rows["shape"][:, 3] = sizes
+    rows["src"], rows["dst"] = (ends - sizes) * 4, (ends - sizes) * 2
+    return rows, noise(rng, int(ends[-1]) * 4), int(ends[-1]) * 2 + 64
+
+
+def even_lines(rng: np.random.Generator, src: DType, dst: DType) -> Iterator[Case]:
+    """Planes of lines whose lengths and distances are multiples of 16 bytes, shorter and longer than a tile
+    of a GPU's; zeros; NaN here and there."""
     s, d = src.itemsize, dst.itemsize
     shapes = ((1, 1, 16, 64), (1, 1, 70, 32), (2, 3, 5, 48), (1, 2, 300, 32), (3, 1, 2, 640), (1, 1, 9, 1040))
     for k, (*planes, lines, n) in enumerate(shapes):
@@ -131,6 +176,13 @@ def noise(rng: np.random.Generator, nbytes: int) -> np.ndarray:
     return rng.integers(0, 256, nbytes, dtype=np.uint8)
 
 
+def require_equal(got: np.ndarray, wanted: np.ndarray, rows: np.ndarray, who: str = "") -> None:
+    """Fails at the first byte that differs."""
+    if not np.array_equal(got, wanted):
+        at = int(np.flatnonzero(got != wanted)[0])
+        pytest.fail(f"{who}byte {at}: got {got[at]:#x}, wanted {wanted[at]:#x}, row {rows[0]}")
+
+
 def same(rows: np.ndarray, source: np.ndarray, out: np.ndarray, threads: Sequence[int] = (1,)) -> None:
     """Run on copies of `out`, with each instruction set and with torch; every byte must agree, guards too."""
     wanted = out.copy()
@@ -139,9 +191,7 @@ def same(rows: np.ndarray, source: np.ndarray, out: np.ndarray, threads: Sequenc
         for n in threads:
             got = out.copy()
             cpu.Cpu(isa).bind([buffer(source)]).run(rows, [buffer(got)], n)
-            if not np.array_equal(got, wanted):
-                at = int(np.flatnonzero(got != wanted)[0])
-                pytest.fail(f"{isa}, byte {at}: got {got[at]:#x}, wanted {wanted[at]:#x}, row {rows[0]}")
+            require_equal(got, wanted, rows, f"{isa}, ")
 
 
 def test_random_rows() -> None:
@@ -166,25 +216,13 @@ def test_transposes(names: str) -> None:
     """Every edge of the tiles: rows and columns around the sizes of a block and a tile, aligned and not."""
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(3)
-    for rows, cols in [
-        (1, 300),
-        (16, 16),
-        (31, 17),
-        (32, 16),
-        (33, 47),
-        (64, 512),
-        (65, 513),
-        (130, 530),
-        (300, 9),
-        (257, 1041),
-        (530, 260),
-    ]:
-        for pad, at in [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 64)]:
-            pitch = (cols + pad) * src.itemsize
-            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
-            source = noise(rng, at + rows * pitch)
-            out = noise(rng, at + cols * (rows + pad) * dst.itemsize + 64)
-            same(row(src, dst, (cols, rows), *strides, (at, at)), source, out)
+    sides = [
+        (1, 300), (16, 16), (31, 17), (32, 16), (33, 47), (64, 512), (65, 513), (130, 530), (300, 9),
+        (257, 1041), (530, 260),
+    ]  # fmt: skip
+    places = [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 64)]
+    for r, source, nbytes in transposes(rng, src, dst, sides, places):
+        same(r, source, noise(rng, nbytes))
 
 
 @pytest.mark.parametrize("names", ["float32 bfloat16", "float32 float16"])
@@ -222,14 +260,9 @@ def test_large_rows_stream_past_the_cache(names: str) -> None:
 
 
 def test_many_small_rows() -> None:
-    src, dst = BY_NAME["float32"], BY_NAME["bfloat16"]
     rng = np.random.default_rng(5)
-    sizes = rng.integers(1, 70, 1000)
-    ends = np.cumsum(sizes).tolist()
-    rows = np.repeat(row(src, dst, (1,), (4,), (2,)), len(sizes))
-    rows["shape"][:, 3] = sizes
-    rows["src"], rows["dst"] = (ends - sizes) * 4, (ends - sizes) * 2
-    same(rows, noise(rng, ends[-1] * 4), noise(rng, ends[-1] * 2 + 64), (1, 2))
+    rows, source, nbytes = many_rows(rng, 1000, 70)
+    same(rows, source, noise(rng, nbytes), (1, 2))
 
 
 def test_where_the_system_starts_no_more_threads() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
+from executors import test_copy_rows as copy_rows
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, noise, random_row, row
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.errors import ViewError
 from fastckpt.executors import tiles
@@ -30,9 +31,7 @@ def same(rows: np.ndarray, source: np.ndarray, out: np.ndarray, shuffle: int = 0
     Torch().bind([buffer(source)]).run(rows, [buffer(wanted)])
     made = cut(rows, source, got)
     run(made, shuffle)
-    if not np.array_equal(got, wanted):
-        at = int(np.flatnonzero(got != wanted)[0])
-        pytest.fail(f"byte {at}: got {got[at]:#x}, wanted {wanted[at]:#x}, row {made.rows[0]}")
+    copy_rows.require_equal(got, wanted, made.rows)
     return set(made.rows["path"].tolist())
 
 
@@ -67,13 +66,9 @@ def test_transposes(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(13)
     taken: set[int] = set()
-    for rows, cols in SIDES:
-        for pad, at in [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 16), (16, src.itemsize * 5)]:
-            pitch = (cols + pad) * src.itemsize
-            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
-            source = noise(rng, at + rows * pitch)
-            out = noise(rng, at + cols * (rows + pad) * dst.itemsize + 64)
-            taken |= same(row(src, dst, (cols, rows), *strides, (at, at)), source, out, 3)
+    places = [(0, 0), (3, 1), (5, dst.itemsize * 3), (64, 16), (16, src.itemsize * 5)]
+    for r, source, nbytes in copy_rows.transposes(rng, src, dst, SIDES, places):
+        taken |= same(r, source, noise(rng, nbytes), 3)
     assert taken == ({TRANSPOSE} if max(src.itemsize, dst.itemsize) <= 4 else {GENERAL})
 
 
@@ -83,15 +78,13 @@ def test_transposes(names: str) -> None:
 def test_lines(names: str) -> None:
     """Lines around a unit and a tile long, one or many, at every alignment of both sides."""
     src, dst = (BY_NAME[n] for n in names.split())
-    s, d = src.itemsize, dst.itemsize
     rng = np.random.default_rng(14)
     taken: set[int] = set()
-    for lines, n in [(1, 1), (1, 31), (1, 40_001), (3, 8192), (2, 8193), (70, 129), (1000, 33)]:
-        for at in (0, 1, d, s, 8, 15, 24):
-            for pad in (0, 1, 16):
-                strides = ((n + pad) * s, s), ((n + pad) * d, d)
-                source, out = noise(rng, 24 + lines * (n + pad) * s), noise(rng, 88 + lines * (n + pad) * d)
-                taken |= same(row(src, dst, (lines, n), *strides, (24 - at, at)), source, out, at)
+    sizes = [(1, 1), (1, 31), (1, 40_001), (3, 8192), (2, 8193), (70, 129), (1000, 33)]
+    for r, source, nbytes in copy_rows.lines(
+        rng, src, dst, sizes, (0, 1, dst.itemsize, src.itemsize, 8, 15, 24)
+    ):
+        taken |= same(r, source, noise(rng, nbytes), int(r["dst"][0]))
     assert ROWS in taken
 
 
@@ -99,7 +92,7 @@ def test_lines(names: str) -> None:
 def test_even_lines(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(17)
-    for r, source, nbytes in even_lines(rng, src, dst):
+    for r, source, nbytes in copy_rows.even_lines(rng, src, dst):
         assert same(r, source, noise(rng, nbytes), 0) == {ROWS}
 
 

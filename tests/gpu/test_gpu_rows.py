@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from executors import test_copy_rows as copy_rows
 from executors.test_casts import converted, patterns
-from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, even_lines, noise, random_row, row
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, noise, random_row, row
 from executors.test_copy_rows import buffer as host
 from fastckpt.dtypes import BY_NAME, castable
 from fastckpt.errors import DeviceError
@@ -36,10 +37,7 @@ def same(rows: np.ndarray, source: np.ndarray, out: np.ndarray, shift: int = 0) 
     _, from_there = there(source)
     held, to_there = there(out, shift)
     Cuda().bind([from_there]).run(rows, [to_there])
-    got = held[shift:].cpu().numpy()
-    if not np.array_equal(got, wanted):
-        at = int(np.flatnonzero(got != wanted)[0])
-        pytest.fail(f"byte {at}: got {got[at]:#x}, wanted {wanted[at]:#x}, row {rows[0]}")
+    copy_rows.require_equal(held[shift:].cpu().numpy(), wanted, rows)
 
 
 def test_small_random_rows() -> None:
@@ -54,7 +52,7 @@ def test_small_random_rows() -> None:
 def test_small_even_lines(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(35)
-    for r, source, nbytes in even_lines(rng, src, dst):
+    for r, source, nbytes in copy_rows.even_lines(rng, src, dst):
         same(r, source, noise(rng, nbytes))
 
 
@@ -63,26 +61,17 @@ def test_small_even_lines(names: str) -> None:
 def test_transposes(names: str, sides: Sequence[tuple[int, int]]) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(32)
-    for rows, cols in sides:
-        for pad, at in [(0, 0), (3, 1), (64, 16)]:
-            pitch = (cols + pad) * src.itemsize
-            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
-            source = noise(rng, at + rows * pitch)
-            out = noise(rng, at + cols * (rows + pad) * dst.itemsize + 64)
-            same(row(src, dst, (cols, rows), *strides, (at, at)), source, out)
+    for r, source, nbytes in copy_rows.transposes(rng, src, dst, sides, [(0, 0), (3, 1), (64, 16)]):
+        same(r, source, noise(rng, nbytes))
 
 
 @pytest.mark.parametrize("names", ["float32 bfloat16", "bfloat16 bfloat16", "bfloat16 float32", "int8 int8"])
 def test_lines(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
-    s, d = src.itemsize, dst.itemsize
     rng = np.random.default_rng(33)
-    for lines, n in [(1, 31), (1, 1_000_001), (2, 8193), (1000, 129), (4096, 512)]:
-        for at in (0, 1, d, 8):
-            for pad in (0, 1, 16):
-                strides = ((n + pad) * s, s), ((n + pad) * d, d)
-                source, out = noise(rng, 24 + lines * (n + pad) * s), noise(rng, 88 + lines * (n + pad) * d)
-                same(row(src, dst, (lines, n), *strides, (24 - at, at)), source, out, at)
+    sizes = [(1, 31), (1, 1_000_001), (2, 8193), (1000, 129), (4096, 512)]
+    for r, source, nbytes in copy_rows.lines(rng, src, dst, sizes, (0, 1, dst.itemsize, 8)):
+        same(r, source, noise(rng, nbytes), int(r["dst"][0]))
 
 
 class There:
@@ -134,14 +123,9 @@ def test_offsets_beyond_four_gib() -> None:
 
 
 def test_a_table_of_many_rows() -> None:
-    f32, bf16 = BY_NAME["float32"], BY_NAME["bfloat16"]
     rng = np.random.default_rng(34)
-    sizes = rng.integers(1, 700, 100_000)
-    ends = np.cumsum(sizes)
-    rows = np.repeat(row(f32, bf16, (1,), (4,), (2,)), len(sizes))
-    rows["shape"][:, 3] = sizes
-    rows["src"], rows["dst"] = (ends - sizes) * 4, (ends - sizes) * 2
-    same(rng.permutation(rows), noise(rng, int(ends[-1]) * 4), noise(rng, int(ends[-1]) * 2 + 64))
+    rows, source, nbytes = copy_rows.many_rows(rng, 100_000, 700)
+    same(rng.permutation(rows), source, noise(rng, nbytes))
 
 
 def prepared(n: int = 1 << 20):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import fastckpt
 import pytest
 import torch
 from fastckpt import cli
-from fastckpt.errors import FastckptError, LayoutError, SourceError
+from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, gated, tiny
 from outputs import hub_directory
-from reading import bits, read
+from reading import holds
 from safetensors.torch import load_file, save_file
 
 
@@ -45,12 +46,6 @@ def foreign(tmp_path, made, served, options, sizes):
     return out, hub, like(tmp_path / "like", hub)
 
 
-def same(ckpt, hub):
-    assert sorted(ckpt) == sorted(hub)
-    for name, x in hub.items():
-        assert (read(ckpt[name]) == bits(x)).all(), name
-
-
 CASES = [
     ("llama", "vllm", {}, dict(tp=4)),
     ("tied", "vllm", {"engine": "vllm==0.32"}, dict(tp=2)),
@@ -66,12 +61,12 @@ def test_whole_again(tmp_path, name, served, options, sizes):
     made = (tiny if name in tiny.MODELS else families).made(name)
     out, hub, shown = foreign(tmp_path, made, served, options, sizes)
     ckpt = fastckpt.open_shards(out, layout(served, options), shown, placement=Placement(**sizes))
-    same(ckpt, hub)
+    holds(ckpt, hub)
     fastckpt.reshard(ckpt, 4, layout="vllm", out=tmp_path / "4", durable=False)
     fastckpt.reshard(tmp_path / "hub", 4, layout="vllm", out=tmp_path / "straight", durable=False)
     for file in (tmp_path / "straight").glob("*.safetensors"):
         assert (tmp_path / "4" / file.name).read_bytes() == file.read_bytes()
-    same(fastckpt.open(tmp_path / "4"), hub)
+    holds(fastckpt.open(tmp_path / "4"), hub)
 
 
 @pytest.mark.parametrize(("name", "served", "options", "sizes"), CASES)
@@ -80,9 +75,9 @@ def test_a_config_is_enough(tmp_path, name, served, options, sizes):
     made = (tiny if name in tiny.MODELS else families).made(name)
     out, hub, _ = foreign(tmp_path, made, served, options, sizes)
     (out / "config.json").unlink()
-    same(fastckpt.open_shards(out, layout(served, options), made[0], placement=Placement(**sizes)), hub)
+    holds(fastckpt.open_shards(out, layout(served, options), made[0], placement=Placement(**sizes)), hub)
     said = tmp_path / "hub" / "config.json"
-    same(fastckpt.open_shards(out, layout(served, options), said, placement=Placement(**sizes)), hub)
+    holds(fastckpt.open_shards(out, layout(served, options), said, placement=Placement(**sizes)), hub)
 
 
 def test_files_in_parts_and_a_config_of_the_like(tmp_path):
@@ -95,11 +90,11 @@ def test_files_in_parts_and_a_config_of_the_like(tmp_path):
             save_file({n: whole[n] for n in names}, out / f"model-rank-{r}-part-{part}.safetensors")
     shutil.move(out / "config.json", shown / "config.json")
     ckpt = fastckpt.open_shards(out, "vllm", shown, tp=2)
-    same(ckpt, hub)
+    holds(ckpt, hub)
     fastckpt.reshard(ckpt, 8, layout="vllm", out=tmp_path / "8", durable=False)
     config = json.loads((tmp_path / "8" / "config.json").read_text())
     assert config == json.loads((shown / "config.json").read_text())
-    same(fastckpt.open(tmp_path / "8"), hub)
+    holds(fastckpt.open(tmp_path / "8"), hub)
 
 
 def test_a_recipe_of_a_file(tmp_path):
@@ -109,15 +104,25 @@ def test_a_recipe_of_a_file(tmp_path):
     fastckpt.reshard(tmp_path / "hub", 2, layout="vllm", recipe=str(mine), out=tmp_path / "2", durable=False)
     (tmp_path / "2" / "fastckpt.json").unlink()
     ckpt = fastckpt.open_shards(tmp_path / "2", "vllm", tmp_path / "hub", tp=2, recipe=str(mine))
-    same(ckpt, hub)
+    holds(ckpt, hub)
     assert len(fastckpt.reshard(ckpt, 4, layout="vllm")) == 4
+    with pytest.raises(RecipeError):
+        fastckpt.open_shards(tmp_path / "2", "vllm", tmp_path / "hub", tp=2, recipe="gpt2")
+
+
+def test_shards_that_were_written_since_make_another_plan(tmp_path):
+    """A rank that is made of them is no part of a set with one that was made before."""
+    out, _, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {}, dict(tp=2))
+    before = fastckpt.open_shards(out, "vllm", shown, tp=2)
+    os.utime(out / "model-rank-1-part-0.safetensors", ns=(0, 1))
+    assert fastckpt.open_shards(out, "vllm", shown, tp=2).headers != before.headers
 
 
 def test_on_the_command_line(tmp_path, capsys):
     out, hub, shown = foreign(tmp_path, tiny.made("qwen3"), "vllm", {"vocab_padding": "128"}, dict(tp=4))
     said = ["--cut-as", "vllm:tp=4,vocab_padding=128", "--like", str(shown)]
     assert cli.main(["reshard", str(out), str(tmp_path / "2"), "--tp", "2", "--no-fsync", *said]) == 0
-    same(fastckpt.open(tmp_path / "2"), hub)
+    holds(fastckpt.open(tmp_path / "2"), hub)
     assert cli.main(["consolidate", str(out), str(tmp_path / "whole"), "--no-fsync", *said]) == 0
     assert torch.load(tmp_path / "whole" / "pytorch_model.bin").keys() == hub.keys()
     assert cli.main(["inspect", str(out), *said]) == 0

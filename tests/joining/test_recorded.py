@@ -14,35 +14,17 @@ from fastckpt.errors import FastckptError, RecipeError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, quantised, tiny
-from outputs import changed
-from reading import bits, read
+from outputs import changed, hub_directory
+from reading import bits, holds, read
 from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plans_kept_here(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
-        yield
 
 
 def hub_of(path, made):
     """A hub directory of a tiny model, its config and its tensors."""
     config, files, _ = made
-    path.mkdir(exist_ok=True)
-    save_file({n: x.contiguous() for n, x in files.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
+    hub_directory(path, config, files)
     return config, files
-
-
-def same(ckpt, tensors):
-    """The opened checkpoint holds exactly these torch tensors."""
-    assert sorted(ckpt) == sorted(tensors)
-    for name, want in tensors.items():
-        view = ckpt[name]
-        assert view.shape == tuple(want.shape), name
-        assert (read(view) == bits(want)).all(), name
 
 
 def cut(source, out, served, options=None, **more):
@@ -109,7 +91,7 @@ def test_quantised_checkpoints_whole_again(tmp_path, scheme, served):
     if served == "vllm":  # so it does of smoothers
         left |= {n for n in files if n.endswith(("k_proj.smoother", "v_proj.smoother"))}
     assert {n.partition(":")[0] for n in ckpt.unread} == left
-    same(ckpt, {n: x for n, x in files.items() if n not in left})
+    holds(ckpt, {n: x for n, x in files.items() if n not in left})
 
 
 def test_what_was_quantised_again_is_named(tmp_path):
@@ -122,7 +104,7 @@ def test_what_was_quantised_again_is_named(tmp_path):
     left = {f"model.layers.0.{n}.{leaf}" for n in joint for leaf in ("weight", "weight_scale", "input_scale")}
     left |= {f"model.layers.0.mlp.experts.{e}.down_proj.input_scale" for e in range(2)}
     assert {n.partition(":")[0] for n in ckpt.unread} == left
-    same(ckpt, {n: x for n, x in files.items() if n not in left})
+    holds(ckpt, {n: x for n, x in files.items() if n not in left})
 
 
 GRIDS = [
@@ -144,7 +126,7 @@ def test_grids_whole_again(tmp_path, name, options, sizes):
     _, files = hub_of(tmp_path / "hub", families.made(name))
     served = "megatron" if "sequential" in options.values() else "rtp_llm" if "absorb" in options else "vllm"
     placement = Placement(**sizes)
-    same(cut(tmp_path / "hub", tmp_path / "cut", served, options, placement=placement), files)
+    holds(cut(tmp_path / "hub", tmp_path / "cut", served, options, placement=placement), files)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("mixtral", dict(tp=1, dp=2)), ("gpt_oss", dict(tp=2, dp=2))])
@@ -154,7 +136,7 @@ def test_more_ranks_an_expert_than_tp(tmp_path, name, sizes):
     count = sizes["tp"] * sizes["dp"]
     options = {"expert_tp": str(count)}
     got = cut(tmp_path / "hub", tmp_path / "cut", "megatron", options, placement=Placement(**sizes))
-    same(got, files)
+    holds(got, files)
     want = [f"mp_rank_{r % sizes['tp']:02d}_expert_tp_{r:02d}" for r in range(count)]
     assert sorted(p.name for p in (tmp_path / "cut").iterdir() if p.is_dir()) == sorted(want)
 
@@ -165,7 +147,7 @@ def test_padded_shards_are_cut_again_as_what_they_were(tmp_path):
     pad = {"pad": "true", "vocab_padding": "15"}
     cut(tmp_path / "hub", tmp_path / "3", "hf", pad, tp=3)
     assert json.loads((tmp_path / "3" / "config.json").read_text())["num_attention_heads"] == 12
-    same(cut(tmp_path / "3", tmp_path / "5", "vllm", pad, tp=5), files)
+    holds(cut(tmp_path / "3", tmp_path / "5", "vllm", pad, tp=5), files)
     cut(tmp_path / "hub", tmp_path / "straight", "vllm", pad, tp=5)
     for file in (tmp_path / "straight").iterdir():
         if file.name != "fastckpt.json":
@@ -173,7 +155,7 @@ def test_padded_shards_are_cut_again_as_what_they_were(tmp_path):
     for at, layout_name in (("3", "same"), ("5", "hf")):
         cut(tmp_path / at, tmp_path / f"{at}-whole", layout_name)
         assert json.loads((tmp_path / f"{at}-whole" / "config.json").read_text()) == config
-        same(fastckpt.open(tmp_path / f"{at}-whole"), files)
+        holds(fastckpt.open(tmp_path / f"{at}-whole"), files)
 
 
 # ---- from one cut to another ----
@@ -234,7 +216,7 @@ def test_patterns_whole_again(tmp_path):
     _, files = hub_of(tmp_path / "hub", tiny.made("qwen3"))
     plan = {"*.q_proj": "colwise", "*.o_proj": "rowwise", "*.gate_proj": "packed_colwise", "*": "replicate"}
     fastckpt.reshard(tmp_path / "hub", 4, tp_plan=plan, out=tmp_path / "cut", durable=False)
-    same(fastckpt.open(tmp_path / "cut"), files)
+    holds(fastckpt.open(tmp_path / "cut"), files)
 
 
 def test_what_the_recipe_leaves_out_is_said(tmp_path):
@@ -242,7 +224,7 @@ def test_what_the_recipe_leaves_out_is_said(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     hub_of(tmp_path / "hub", (config, files | extra, None))
     ckpt = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
-    same(ckpt, files)
+    holds(ckpt, files)
     assert ckpt.unread == (f"{next(iter(extra))}: layout vllm does not write it as it is",)
 
 
@@ -382,6 +364,11 @@ def test_a_tensor_that_the_record_does_not_name(served):
 def test_a_shard_that_is_not_what_the_record_says(served, other):
     message = spoiled(served, lambda r: r["ranks"][1]["tensors"]["model.norm.weight"].update(other))
     assert "model.norm.weight is float32[64] at byte" in message
+
+
+def test_a_tensor_of_which_two_ranks_have_other_bytes(served):
+    said = spoiled(served, lambda r: r["ranks"][1]["tensors"]["model.norm.weight"].update(digest="0" * 16))
+    assert "0/model.norm.weight and 1/model.norm.weight are the same elements of model.norm.weight" in said
 
 
 def test_names_of_shards_are_not_changed(served):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import fastckpt
 import pytest
 import torch
@@ -13,8 +11,9 @@ from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import cogvlm2
 from layouts.family_oracle import cut, heads_of, parts, pick
+from outputs import hub_directory
 from reading import bits, memory, read, same, shard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 CONFIG, HUB, _ = cogvlm2.made()
 HEADS = (8, 2, 8)
@@ -153,10 +152,7 @@ def test_kv_heads_as_the_config_class_has_them():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCKPT_CACHE", "off")
-    (tmp_path / "hub").mkdir()
-    save_file(HUB, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path / "hub"
+    return hub_directory(tmp_path / "hub", CONFIG, HUB)
 
 
 def test_there_and_back_again(hub, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import fastckpt
@@ -15,8 +14,8 @@ from layouts import cogvlm2, families, gated, tiny
 from layouts.test_mxfp4 import hub as mxfp4
 from layouts.test_rtp_families import jina
 from layouts.test_rtp_llm import blocked
-from reading import bits, read
-from safetensors.torch import save_file
+from outputs import hub_directory
+from reading import holds
 
 SERVED = ("hf", "vllm", "rtp_llm", "megatron")
 ROWS = {
@@ -67,13 +66,6 @@ def made(name):
     return config, hub, ROWS.get(name, config["model_type"])
 
 
-def directory(path, config, hub):
-    path.mkdir()
-    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 PLUS_ONE = ("gemma", "vaultgemma", "nemotron", "gated", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Models whose norms multiply by 1 + weight."""
 
@@ -106,7 +98,7 @@ def lost(name, served, tensor):
 
 def way_back(tmp_path, name, served, tp, recipe_file):
     config, hub, row = made(name)
-    source, out = directory(tmp_path / "hub", config, hub), tmp_path / "out"
+    source, out = hub_directory(tmp_path / "hub", config, hub), tmp_path / "out"
     recipe = {"gated": recipe_file, "cogvlm2": name, "jina_bert": name}.get(name)
     placed = layout(served, options(name, served, tp))
     if TABLE[row][served].startswith("no: "):
@@ -119,15 +111,8 @@ def way_back(tmp_path, name, served, tp, recipe_file):
     ckpt = fastckpt.open(out, recipe=recipe)
     kept = {n: x for n, x in hub.items() if not lost(name, served, n)}
     assert {n.partition(":")[0] for n in ckpt.unread} == set(hub) - set(kept)
-    equal(ckpt, kept)
+    holds(ckpt, kept)
     assert replicas.compare(ckpt)[1] == ()
-
-
-def equal(ckpt, tensors):
-    assert sorted(ckpt) == sorted(tensors)
-    for name, x in tensors.items():
-        assert ckpt[name].shape == tuple(x.shape), name
-        assert (read(ckpt[name]) == bits(x)).all(), name
 
 
 def test_every_family_has_one_row():
@@ -166,11 +151,11 @@ TAKEN = {"mxfp4": ("hf", "vllm"), "fp8-blocks": ("hf", "vllm", "rtp_llm")}
 @pytest.mark.parametrize("form", STORED)
 def test_what_has_factors_of_blocks(tmp_path, form, served):
     config, hub = STORED[form]()
-    source, out = directory(tmp_path / "hub", config, hub), tmp_path / "out"
+    source, out = hub_directory(tmp_path / "hub", config, hub), tmp_path / "out"
     tp = 2 if form == "fp8-blocks" else 1  # 96 inputs of an expert are 3 groups of 32
     if served not in TAKEN[form]:
         with pytest.raises(FastckptError, match=r"layouts hf and vllm have|no place for"):
             fastckpt.reshard(source, tp, layout=served, out=out, durable=False)
         return
     fastckpt.reshard(source, tp, layout=served, out=out, durable=False)
-    equal(fastckpt.open(out), hub)
+    holds(fastckpt.open(out), hub)

@@ -6,10 +6,11 @@ import json
 
 import fastckpt
 import pytest
-import torch
 from fastckpt.placement import Placement
 from layouts import families, family_oracle
-from safetensors.torch import load_file, save_file
+from outputs import hub_directory
+from reading import equal
+from safetensors.torch import load_file
 from zero_writer import write_zero
 
 KEPT = "e_score_correction_bias"
@@ -18,20 +19,11 @@ KEPT = "e_score_correction_bias"
 def directory(name, path):
     """Where transformers would have saved the model."""
     config, hub, _ = families.made(name)
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file({n: x.contiguous() for n, x in hub.items()}, path / "model.safetensors", {"format": "pt"})
-    return path, hub
+    return hub_directory(path, config, hub), hub
 
 
 def rounded(tensors):
     return {n: x if KEPT in n else x.bfloat16() for n, x in tensors.items()}
-
-
-def equal(got, want):
-    assert sorted(got) == sorted(want)
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
 
 
 FILES = ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm", "cohere-normed", "opt", "phi"]

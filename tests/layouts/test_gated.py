@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import fastckpt
@@ -14,8 +13,8 @@ from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import gated
 from layouts.family_oracle import cut, heads_of, pick
+from outputs import hub_directory
 from reading import bits, memory, read, same, shard
-from safetensors.torch import save_file
 
 CONFIG, HUB = gated.made()
 HEADS = (8, 2, 16)
@@ -139,11 +138,8 @@ def test_a_gate_needs_its_rows():
 def hub(tmp_path, monkeypatch):
     """A hub directory, and the recipe's file beside it."""
     monkeypatch.setenv("FASTCKPT_CACHE", "off")
-    (tmp_path / "hub").mkdir()
-    save_file(HUB, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "mine.py").write_text(gated.written())
-    return tmp_path / "hub"
+    return hub_directory(tmp_path / "hub", CONFIG, HUB)
 
 
 def test_a_record_runs_no_file(hub, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from fastckpt.errors import FastckptError, LayoutError, RecipeError, SourceError
 from fastckpt.layouts import layout as layout_of
 from layouts import families
+from reading import equal
 
 transformers = pytest.importorskip("transformers")
 convert_moe_packed_tensors = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
@@ -36,12 +37,6 @@ def hub():
 def dense(packed, scales):
     """[experts, out, in] of bytes [experts, out, in / 2] and exponents [experts, out, in / 32]."""
     return quant_oracle.pairs(packed) * (2.0 ** (scales.float() - 127)).repeat_interleave(32, -1)
-
-
-def equal(got, want):
-    assert sorted(got) == sorted(want)
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +15,9 @@ from fastckpt.model import Experts, Layers, Lazy
 from fastckpt.placement import Placement
 from layouts import families, family_oracle, oracle, tiny
 from layouts.family_oracle import cut
+from outputs import hub_directory
 from reading import memory, same, shard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 SLOPES = [2.0 ** -(i + 1) for i in range(8)]
 
@@ -198,11 +198,8 @@ def test_norms_that_hold_one_less(tmp_path, dtype, tp):
     """Gemma: 1 + weight, summed in float32 and rounded once; on the road, as it is made when read."""
     config, hub, _ = families.made("gemma")
     hub = {n: x / 977 for n, x in hub.items()}
-    (tmp_path / "hub").mkdir()
-    save_file(hub, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    out = tmp_path / "served"
-    fastckpt.reshard(tmp_path / "hub", tp, layout="rtp_llm", dtype=dtype, out=out, durable=False)
+    source, out = hub_directory(tmp_path / "hub", config, hub), tmp_path / "served"
+    fastckpt.reshard(source, tp, layout="rtp_llm", dtype=dtype, out=out, durable=False)
     served = torch.float32 if dtype is None else torch.bfloat16
     plain = {n: (x + 1 if "norm" in n else x).to(served) for n, x in hub.items()}
     for r in range(tp):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 
 import fastckpt
 import pytest
@@ -12,20 +11,14 @@ from fastckpt.errors import LayoutError, SourceError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, gated, tiny
+from outputs import hub_directory
 from peft_writer import settings, write
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 ALPHA, RANK = 6, 4  # B is multiplied by 1.5
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ALL = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 SA, FFN = "self_attention_weights.", "ffn_weights.intermediate_weight"
-
-
-def hub(folder, config, tensors):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file({n: x.contiguous() for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def whole_numbers(tensors, modules, flipped=False):
@@ -48,7 +41,7 @@ def case(tmp_path, made, modules, prefix="model.layers.{}.", flipped=False, **ch
     pairs = whole_numbers(tensors, [n for n in names if f"{n}.weight" in tensors], flipped)
     told = settings(lora_alpha=ALPHA, r=RANK, fan_in_fan_out=flipped, **changes)
     return (
-        hub(tmp_path / "base", config, tensors),
+        hub_directory(tmp_path / "base", config, tensors),
         write(tmp_path / "adapter", told, pairs),
         config,
         tensors,
@@ -223,7 +216,7 @@ def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):
         r=4, lora_alpha=6, use_rslora=True, rank_pattern={"o_proj": 3}, alpha_pattern={"o_proj": 5}
     )
     adapter = write(tmp_path / "adapter", told, pairs)
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     got = fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True, dtype="bfloat16")[0]
     b = got[f"rank_00_00_00.layers.1.{SA}attention_output_weight.kernel.lora_B"]
     assert torch.equal(b, (pairs[name][1] * torch.tensor(5 / 3**0.5)).t().bfloat16())
@@ -244,14 +237,14 @@ def test_its_scale_is_multiplied_in_float32_and_rounded_once(tmp_path):
 def test_what_has_no_name_is_refused(tmp_path, name, modules, message):
     config, tensors, _ = (tiny if name in tiny.MODELS else families).made(name)
     adapter = write(tmp_path / "adapter", settings(), whole_numbers(tensors, modules))
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     with pytest.raises(LayoutError, match=message):
         fastckpt.reshard(base, layout="rtp_llm", adapter=adapter, apart=True)
 
 
 def test_replaced_tensors_and_unlike_ranks_are_refused(tmp_path):
     config, tensors, _ = tiny.made("qwen2")
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     pairs = whole_numbers(tensors, [f"model.layers.0.{m}" for m in QKV])
     saved = {"lm_head.weight": tensors["lm_head.weight"]}
     adapter = write(tmp_path / "saved", settings(), pairs, saved)
@@ -269,7 +262,7 @@ def test_a_part_that_has_no_name_is_refused(tmp_path):
     config, tensors = gated.made()
     name = "model.layers.0.self_attn.q_proj"
     adapter = write(tmp_path / "adapter", settings(), whole_numbers(tensors, [name]))
-    base = hub(tmp_path / "base", config, tensors)
+    base = hub_directory(tmp_path / "base", config, tensors)
     mine = tmp_path / "mine.py"
     source = inspect.getsource(gated)
     told = source[source.index("AT =") : source.index("def model")]

@@ -8,6 +8,7 @@ import torch
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from layouts import families
+from reading import equal
 
 SPLIT = layout("hf", {"split_experts": "true"})
 STACKED = ("qwen3_vl_moe", "llama4_text")
@@ -29,21 +30,16 @@ def apart(name):
     return config, hub, single
 
 
-def same(got, want):
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[n], x) for n, x in want.items())
-
-
 @pytest.mark.parametrize("name", STACKED)
 def test_each_expert_is_written_under_its_own_name_and_read_back(name, tmp_path):
     config, hub, single = apart(name)
     assert len(single) > len(hub)
-    same(fastckpt.reshard(hub, config=config, layout=SPLIT)[0], single)
-    same(fastckpt.reshard(single, config=config)[0], single)
+    equal(fastckpt.reshard(hub, config=config, layout=SPLIT)[0], single)
+    equal(fastckpt.reshard(single, config=config)[0], single)
     with pytest.raises(LayoutError, match="split_experts=true wants experts in stacks"):
         fastckpt.reshard(single, config=config, layout=SPLIT)  # which are apart already
     fastckpt.reshard(hub, 2, config=config, layout=SPLIT, out=tmp_path / "out", durable=False)
-    same(fastckpt.reshard(tmp_path / "out")[0], hub)  # what the shards were cut from
+    equal(fastckpt.reshard(tmp_path / "out")[0], hub)  # what the shards were cut from
 
 
 @pytest.mark.parametrize(("name", "served"), [*((n, "vllm") for n in STACKED), ("llama4_text", "rtp_llm")])
@@ -51,7 +47,7 @@ def test_servers_hold_the_same_of_either(name, served):
     config, hub, single = apart(name)
     one, other = (fastckpt.reshard(x, 2, config=config, layout=served) for x in (single, hub))
     for ours, theirs in zip(one, other, strict=True):
-        same(ours, theirs)
+        equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", STACKED)

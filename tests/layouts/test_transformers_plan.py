@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from fastckpt import recipes
@@ -11,8 +9,8 @@ from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import tiny
 from layouts.slices import local_parts
+from outputs import hub_directory
 from reading import bits, memory, shard
-from safetensors.torch import save_file
 
 
 def as_trained(got, experts):
@@ -31,8 +29,7 @@ def as_trained(got, experts):
 @pytest.mark.parametrize("name", ["biased", "qwen2", "qwen3", "mixtral"])
 def test_every_rank_holds_what_transformers_cuts(name, tp, tmp_path):
     config, hub, _ = tiny.made(name)
-    save_file({n: x.contiguous() for n, x in hub.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    hub_directory(tmp_path, config, hub)
     model = recipes.find(config)(memory(hub), config)
     for place in Placement(tp=tp).ranks():
         got = as_trained(shard(layout("hf").targets(model, place)), config.get("num_local_experts"))

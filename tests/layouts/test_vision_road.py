@@ -10,6 +10,7 @@ import torch
 from fastckpt.errors import LayoutError
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from layouts import families
+from reading import equal
 from zero_writer import write_zero
 
 transformers = families.transformers
@@ -147,13 +148,6 @@ def test_so_it_is_in_vllms_shards(trained, tmp_path, scheme):
         for rank, got in enumerate(fastckpt.reshard(source, 2, layout=layout, **more)):
             tower = {n: x for n, x in dense[rank].items() if n.startswith("visual.")}
             equal(got, {f"language_model.{n}": x for n, x in alone[rank].items()} | tower)
-
-
-def equal(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
-        assert torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (got[name], x))), name
 
 
 def test_a_tower_is_quantised_by_no_pattern(trained, tmp_path):

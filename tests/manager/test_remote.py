@@ -38,9 +38,9 @@ def names(store: Any) -> set[str]:
     return {n.removeprefix("/run/ck/").split("/")[0] for n in store}
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
-def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, store: Any, world: int, background: bool) -> None:
+def there_and_back(as_ranks: AsRanks, url: str, tmp_path: Path, world: int, background: bool) -> None:
+    """Saved from one machine, and restored on another that has nothing of it."""
+
     def work(manager: CheckpointManager) -> None:
         for step in range(4):
             assert manager.save(step, state(step, manager.rank), {"loss": abs(step - 1.0)})
@@ -49,11 +49,9 @@ def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, store: Any, world: in
         assert manager.steps() == [1, 2, 3] and manager.best("loss") == 1 and manager.resume_step() == 3
 
     options = {"max_to_keep": 2, "keep_best": 1, "best_metric": "loss", "async_save": background}
-    as_ranks(world, URL, work, scratch=tmp_path / "here", **options)
-    assert names(store) == {"latest", "step-00000001", "step-00000002", "step-00000003"}
-    assert [e for e in sorted(os.listdir(tmp_path / "here")) if e.startswith("step")] == ["step-00000003"]
+    as_ranks(world, url, work, scratch=tmp_path / "here", **options)
 
-    def elsewhere(manager: CheckpointManager) -> None:  # a machine that has nothing of it
+    def elsewhere(manager: CheckpointManager) -> None:
         assert manager.latest() == 3
         for step in (None, 2):
             found: Any = manager.restore(step)
@@ -61,7 +59,31 @@ def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, store: Any, world: in
             assert found["n"] == want["n"] and all(torch.equal(found[k], want[k]) for k in ("x", "own"))
         assert list(manager.restore(1, ["x"])) == ["x"]  # type: ignore[call-overload]
 
-    as_ranks(world, URL, elsewhere, scratch=tmp_path / "there")
+    as_ranks(world, url, elsewhere, scratch=tmp_path / "there")
+
+
+def damaged_there(url: str, files: Any, tmp_path: Path) -> None:
+    """A commit whose bytes rot in the store is passed over, and saved again in its place."""
+    with CheckpointManager(url, scratch=tmp_path / "a") as manager:
+        for step in range(3):
+            manager.save(step, state(step))
+    name = f"{url}/step-00000002/rank-00000/state.safetensors"
+    data = bytearray(files.cat_file(name))
+    data[-1] ^= 1
+    files.pipe_file(name, bytes(data))
+    with CheckpointManager(url, scratch=tmp_path / "b") as manager:
+        with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
+            assert manager.restore()["n"] == 1  # type: ignore[index]
+        manager.save(2, state(7))  # in the broken one's place
+        assert manager.restore()["n"] == 7  # type: ignore[index]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
+def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, store: Any, world: int, background: bool) -> None:
+    there_and_back(as_ranks, URL, tmp_path, world, background)
+    assert names(store) == {"latest", "step-00000001", "step-00000002", "step-00000003"}
+    assert [e for e in sorted(os.listdir(tmp_path / "here")) if e.startswith("step")] == ["step-00000003"]
 
 
 def test_an_upload_that_stops_is_no_commit(
@@ -118,18 +140,7 @@ def test_a_copy_that_will_not_go_stops_a_save_before_the_upload(
 
 
 def test_damage_there_is_passed_over(tmp_path: Path, store: Any) -> None:
-    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
-        for step in range(3):
-            manager.save(step, state(step))
-    name = "/run/ck/step-00000002/rank-00000/state.safetensors"
-    data = bytearray(store[name].getbuffer())
-    data[-1] ^= 1
-    fsspec.filesystem("memory").pipe_file(name, bytes(data))
-    with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
-        with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
-            assert manager.restore()["n"] == 1  # type: ignore[index]
-        manager.save(2, state(7))  # in the broken one's place
-        assert manager.restore()["n"] == 7  # type: ignore[index]
+    damaged_there(URL, fsspec.filesystem("memory"), tmp_path)
     assert any(n.startswith(".aside-step-00000002") for n in names(store))
     with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
         (tmp_path / "b/step-00000002/rank-00000/state.safetensors").write_bytes(b"rotten")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from fastckpt.errors import WriteError
-from fastckpt.manager.manager import CheckpointManager, CheckpointWarning
+from fastckpt.manager.manager import CheckpointManager
 from fastckpt.manager.uploaders import FsspecDirectory, Uploader
 from fastckpt.verification.outputs import verify
+from manager.test_remote import damaged_there, state, there_and_back
 
 s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -45,10 +46,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def state(step: int, rank: int = 0) -> dict[str, Any]:
-    return {"x": torch.full((300,), step), "own": torch.tensor([rank, step]), "n": step}
-
-
 def steps(files: Any) -> set[str]:
     files.invalidate_cache()
     return {p.split("/")[2] for p in files.find("runs/ck")}
@@ -56,40 +53,14 @@ def steps(files: Any) -> set[str]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_there_and_back(tmp_path: Path, as_ranks: AsRanks, server: Any, world: int) -> None:
-    def work(manager: CheckpointManager) -> None:
-        for step in range(4):
-            assert manager.save(step, state(step, manager.rank), {"loss": abs(step - 1.0)})
-        manager.wait()
-        manager.group.exchange(None)
-        assert manager.steps() == [1, 2, 3] and manager.best("loss") == 1 and manager.resume_step() == 3
-
-    options = {"max_to_keep": 2, "keep_best": 1, "best_metric": "loss", "async_save": True}
-    as_ranks(world, URL, work, scratch=tmp_path / "here", **options)
+    there_and_back(as_ranks, URL, tmp_path, world, background=True)
     assert steps(server.files) == {"latest", "step-00000001", "step-00000002", "step-00000003"}
-
-    def elsewhere(manager: CheckpointManager) -> None:  # a machine that has nothing of it
-        for step in (None, 2):
-            found: Any = manager.restore(step)
-            want = state(3 if step is None else step, manager.rank)
-            assert found["n"] == want["n"] and all(torch.equal(found[k], want[k]) for k in ("x", "own"))
-
-    as_ranks(world, URL, elsewhere, scratch=tmp_path / "there")
 
 
 def test_damage_there_is_passed_over(tmp_path: Path, server: Any) -> None:
-    with CheckpointManager(URL, scratch=tmp_path / "a") as manager:
-        for step in range(3):
-            manager.save(step, state(step))
-    name = "runs/ck/step-00000002/rank-00000/state.safetensors"
-    data = bytearray(server.files.cat_file(name))
-    data[-1] ^= 1
-    server.files.pipe_file(name, bytes(data))
+    damaged_there(URL, server.files, tmp_path)
+    assert any(n.startswith(".aside-step-00000002") for n in steps(server.files))
     with CheckpointManager(URL, scratch=tmp_path / "b") as manager:
-        with pytest.warns(CheckpointWarning, match="COMMIT 2 IS BROKEN"):
-            assert manager.restore()["n"] == 1  # type: ignore[index]
-        manager.save(2, state(7))  # in the broken one's place
-        assert manager.restore()["n"] == 7  # type: ignore[index]
-        assert any(n.startswith(".aside-step-00000002") for n in steps(server.files))
         manager.gc(aside=True)
         assert steps(server.files) == {"latest", "step-00000000", "step-00000001", "step-00000002"}
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import pytest
-from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, even_lines, noise, random_row, row
+from executors import test_copy_rows as copy_rows
+from executors.test_copy_rows import EVEN, PAIRS, TRANSPOSED, buffer, noise, random_row, row
 from fastckpt.dtypes import BY_NAME, DType
 from fastckpt.executors import tiles
 from fastckpt.executors.torch import Torch
@@ -23,10 +25,8 @@ pytestmark = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="no nvcc: the kernels are not compiled here"
 )
 
-Case = tuple[np.ndarray, np.ndarray, int]  # a row, its source, bytes of its destination
 
-
-def same(cases: Iterable[Case], target: Target = DEFAULT) -> Global:
+def same(cases: Iterable[copy_rows.Case], target: Target = DEFAULT) -> Global:
     """Runs rows as one table, each with its own part of two buffers; every byte of them must be torch's."""
     rng = np.random.default_rng(1)
     rows, sources, ends, at = [], [], [0], 0
@@ -45,10 +45,8 @@ def same(cases: Iterable[Case], target: Target = DEFAULT) -> Global:
     made = tiles.tile(table.copy(), np.array([a], np.uint64), np.array([b], np.uint64))
     copies(memory, made, target)
     got = memory.get(b, len(out))
-    if not np.array_equal(got, wanted):
-        byte = int(np.flatnonzero(got != wanted)[0])
-        bad = table[np.searchsorted(ends, byte, "right") - 1]
-        pytest.fail(f"byte {byte}: got {got[byte]:#x}, wanted {wanted[byte]:#x}, row {bad}")
+    bad = np.flatnonzero(got != wanted)[:1]
+    copy_rows.require_equal(got, wanted, table[np.searchsorted(ends, bad, "right") - 1])
     return memory
 
 
@@ -71,16 +69,9 @@ def test_transposes(names: str) -> None:
     """Sides around those of a tile, cut along either axis; sources and destinations aligned and not."""
     src, dst = (BY_NAME[n] for n in names.split())
     rng = np.random.default_rng(22)
-    cases = []
-    for k, (rows, cols) in enumerate(
-        [(16, 300), (8, 1152), (11, 200), (16, 16), (63, 65), (128, 128), (129, 160), (300, 17)]
-    ):
-        for pad, at in [(0, 0), (3, 1), (64, 16), (16, src.itemsize * 5)][k % 2 :: 2]:
-            pitch = (cols + pad) * src.itemsize
-            strides = (src.itemsize, pitch), ((rows + pad) * dst.itemsize, dst.itemsize)
-            r = row(src, dst, (cols, rows), *strides, (at, at))
-            cases.append((r, noise(rng, at + rows * pitch), at + cols * (rows + pad) * dst.itemsize + 64))
-    same(cases)
+    sides = [(16, 300), (8, 1152), (11, 200), (16, 16), (63, 65), (128, 128), (129, 160), (300, 17)]
+    places = [(0, 0), (3, 1), (64, 16), (16, src.itemsize * 5)]
+    same(chain(*(copy_rows.transposes(rng, src, dst, sides[k::2], places[k::2]) for k in (0, 1))))
 
 
 @pytest.mark.parametrize(
@@ -89,22 +80,15 @@ def test_transposes(names: str) -> None:
 def test_lines(names: str) -> None:
     """Lines around a unit and a tile long, one or many, at every alignment of both sides."""
     src, dst = (BY_NAME[n] for n in names.split())
-    s, d = src.itemsize, dst.itemsize
-    rng = np.random.default_rng(23)
-    cases = []
-    for lines, n in [(1, 1), (1, 31), (1, 4001), (3, 1024), (2, 1025), (70, 129)]:
-        for at in {0, 1, d, s, 8, 15, 24}:
-            for pad in (0, 1, 16)[: 1 if lines == 1 else 3]:
-                strides = ((n + pad) * s, s), ((n + pad) * d, d)
-                r = row(src, dst, (lines, n), *strides, (24 - at, at))
-                cases.append((r, noise(rng, 24 + lines * (n + pad) * s), 88 + lines * (n + pad) * d))
-    same(cases)
+    sizes = [(1, 1), (1, 31), (1, 4001), (3, 1024), (2, 1025), (70, 129)]
+    places = sorted({0, 1, src.itemsize, dst.itemsize, 8, 15, 24})
+    same(copy_rows.lines(np.random.default_rng(23), src, dst, sizes, places))
 
 
 @pytest.mark.parametrize("names", EVEN)
 def test_even_lines(names: str) -> None:
     src, dst = (BY_NAME[n] for n in names.split())
-    same(even_lines(np.random.default_rng(26), src, dst))
+    same(copy_rows.even_lines(np.random.default_rng(26), src, dst))
 
 
 POSITIVE = (
@@ -196,6 +180,6 @@ def test_other_targets(name: str) -> None:
     random_rows(OTHERS[name])
     for names in EVEN:
         src, dst = (BY_NAME[n] for n in names.split())
-        same(even_lines(np.random.default_rng(27), src, dst), OTHERS[name])
+        same(copy_rows.even_lines(np.random.default_rng(27), src, dst), OTHERS[name])
     for turned in (False, True):
         every_value(turned, OTHERS[name])

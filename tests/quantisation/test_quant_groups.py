@@ -53,6 +53,7 @@ def matrices(rows, n):
     holes[: rows // 2] = 0
     holes[:, n : 2 * n] = -0.0
     yield holes
+    yield plain * 2.0**-23
     yield plain.bfloat16()
     yield plain.half()
 
@@ -72,6 +73,18 @@ def test_loaders_read_the_values_of_plain_torch(name, native, isa):
             y = next(each) * (values - next(each))
             biggest = float((x.double() - y.double()).abs().max())
             assert error.biggest == pytest.approx(biggest, rel=1e-4, abs=1e-6 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("native, isa", WAYS)
+@pytest.mark.parametrize("name", ["awq-group32", "gptq-group32", "gptq-group32-zero"])
+def test_a_group_below_the_scales_of_fp16_is_not_lost(name, native, isa):
+    """Its amax over reach is less than half of the smallest scale; of that it is to the nearest."""
+    x = torch.linspace(-(2.0**-23), 2.0**-23, 8 * 32).reshape(8, 32)[torch.randperm(8)]
+    parts, error = stored(SCHEMES[name], x, native, isa)
+    values, scales, zeros = quant_oracle.read_back(parts, "", name.partition("-")[0])
+    assert scales.unique().tolist() == [2.0**-24]
+    assert (x - scales * (values - zeros)).abs().max() <= 2.0**-25
+    assert error.biggest <= 2.0**-25
 
 
 @pytest.mark.parametrize("native, isa", WAYS)
@@ -187,10 +200,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["awq-group32", "gptq-group32-zero"])
 @pytest.mark.parametrize("way", ["plain", "pitched", "turned", "cast"])
 def test_wherever_the_dense_values_lie(tmp_path, monkeypatch, name, way):
-    """In memory with or without gaps, turned, cast, or in a file: in several bands and jobs."""
+    """In memory with or without gaps, turned, cast, or in a file: in several bands and stretches."""
     monkeypatch.setattr(quantising, "DENSE_BYTES", 1 << 19)
     monkeypatch.setattr(quantising, "WIDER", 2)
-    monkeypatch.setattr(quantising, "JOB_BYTES", 1)
+    monkeypatch.setattr(quantising, "STRETCH_BYTES", 1)
     torch.manual_seed(3)
     x = torch.randn(512, 10240)
     weight = {

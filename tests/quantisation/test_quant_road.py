@@ -227,14 +227,14 @@ def test_numpy_alone_gives_the_same(monkeypatch, scheme):
 
 
 def test_large_tensors_are_shared_out_and_leaves_fit(tmp_path, monkeypatch):
-    """Jobs that begin on leaves, and widths that no leaf divides, give the bytes of one job."""
+    """Stretches that begin on leaves, and widths that no leaf divides, give the bytes of one stretch."""
     torch.manual_seed(1)
     tensors = {
         "a.q_proj.weight": torch.randn(3000, 1024),
         "b.q_proj.weight": torch.randn(777, 2056),
         "c.q_proj.weight": torch.randn(130, 8200),
     }
-    monkeypatch.setattr(quantising, "JOB_BYTES", 1)
+    monkeypatch.setattr(quantising, "STRETCH_BYTES", 1)
     for scheme in ("int8", "fp8-block"):
         out = tmp_path / scheme
         fastckpt.reshard(tensors, layout="same", quant=scheme, out=out, threads=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 from fastckpt import layouts
 from fastckpt.errors import LayoutError, RecipeError
-from safetensors.torch import load_file, save_file
+from outputs import hub_directory
+from safetensors.torch import load_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding.md"
 RECIPE, LAYOUT = (text.partition("```")[0] for text in PAGE.read_text().split("```python\n")[1:])
@@ -30,8 +30,7 @@ def toy(tmp_path):
     shapes = {"tokens.weight": (64, 32), "norm.weight": (32,), "head.weight": (64, 32)}
     shapes |= {f"layers.{i}.{name}": shape for i in range(2) for name, shape in SHAPES.items()}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    hub_directory(tmp_path, CONFIG, tensors)
     recipe = tmp_path / "mine.py"
     recipe.write_text(RECIPE + "\n\nRECIPE = recipe\n")
     return tmp_path, tensors, str(recipe)

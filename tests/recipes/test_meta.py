@@ -16,8 +16,9 @@ from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families, tiny
 from meta_writer import metas, size_of
+from outputs import hub_directory
 from reading import holds, memory, same, shard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "torchtitan"
@@ -49,10 +50,7 @@ def test_every_layout_is_that_of_the_hubs_tensors(name, since_3):
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back(tmp_path, name):
     config, _, tensors = made(name, since_3=name == "deepseek_v3")
-    source = tmp_path / "in"
-    source.mkdir()
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    (source / "config.json").write_text(json.dumps(config))
+    source = hub_directory(tmp_path / "in", config, tensors)
     fastckpt.reshard(source, 2, layout="vllm", out=tmp_path / "out", durable=False)
     holds(fastckpt.open(tmp_path / "out"), tensors)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from fastckpt import load_into, prepare, reshard
 from fastckpt.digest import LEAF, combine, digest
-from fastckpt.errors import DeviceError
+from fastckpt.errors import DeviceError, ViewError
 from fastckpt.executors import pick
 from fastckpt.executors.tiles import tile
+from fastckpt.extents import Buffer
 from fastckpt.layouts.same import Same
 from fastckpt.pipeline import feed
 from fastckpt.placement import Placement
@@ -61,6 +62,24 @@ def test_a_whole_plan_in_one_table(tp: int, dtype: str | None) -> None:
     tensors.tie(states, drafted.aliases)
     wanted = reshard(state(), tp, layout="hf", tp_plan=PLAN, dtype=dtype)
     compare(states, wanted)
+
+
+def test_a_row_that_writes_outside_its_tensor() -> None:
+    """As a plan that was kept, and is no longer what it was, might have: `cut` refuses it too."""
+    drafted = planned(1, None)
+    binding = Binding.of(drafted.extents)
+    first, chunk = next(iter(drafted.chunks()))
+    chunk.rows["dst"][-1] += 1
+    with pytest.raises(ViewError, match="a row writes outside its tensor"):
+        gpu_sources.gathered(drafted, binding, first, chunk)
+    with pytest.raises(ViewError, match="a row writes outside its tensor"):
+        list(cut(chunk, first, drafted.slots(), binding))
+
+
+def test_sources_on_several_gpus() -> None:
+    places = [Buffer(None, 0, 4, f"cuda:{i}") for i in (1, 0, 1)]
+    with pytest.raises(DeviceError, match=r"the sources lie on cuda:0, cuda:1; bring them to one GPU first"):
+        gpu_sources.Resident(Binding(tuple(places), *[np.zeros(3, np.int64)] * 3))
 
 
 def compare(got: object, wanted: object) -> None:

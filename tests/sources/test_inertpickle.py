@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from fastckpt.errors import SourceError
 from fastckpt.sources.torchfile import inert, inertpickle, picklemachine
-from fastckpt.sources.torchfile.inertpickle import Inert, Short, parse
+from fastckpt.sources.torchfile.inert import Inert
+from fastckpt.sources.torchfile.inertpickle import parse
+from fastckpt.sources.torchfile.picklemachine import Short
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,7 +57,7 @@ def test_plain_values_come_back(value: object, protocol: int) -> None:
     parsed = parse(b"before" + data + b"after", 6)
     assert parsed.end == 6 + len(data)
     assert _plain(parsed.root) == _plain(value)
-    assert parsed.globals <= inertpickle.PLAIN
+    assert parsed.globals <= picklemachine.PLAIN
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -24,7 +24,7 @@ from fastckpt.joining import megatron
 from fastckpt.layouts import layout
 from layouts import families, gated, tiny
 from megatron_writer import dist, keys_of, written
-from reading import bits, read, refuses_a_copy_that_differs
+from reading import holds, refuses_a_copy_that_differs
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("lzma")  # of the fixtures; a Python may be built without it
@@ -48,13 +48,6 @@ def unpacked(packed):
 def case(unpacked, tmp_path):
     """A copy of a case that may be broken."""
     return lambda name: Path(shutil.copytree(unpacked(name), tmp_path / name))
-
-
-def same(ckpt, truth):
-    assert sorted(ckpt) == sorted(truth)
-    for name, x in truth.items():
-        assert ckpt.entries[name].dtype.name == str(x.dtype).removeprefix("torch."), name
-        assert (read(ckpt[name]) == bits(x)).all(), name
 
 
 def alike(a, b):
@@ -84,7 +77,7 @@ def test_it_is_what_the_model_held(unpacked, name, kind, weights):
     has_masters = kind == "dist" and weights == "master" and masters.exists()
     truth = load_file(masters if has_masters else at / "truth.safetensors")
     ckpt = fastckpt.open(at / kind, config=at, weights=weights)
-    same(ckpt, truth)
+    holds(ckpt, truth)
     assert ckpt.saved.step == 100
     narrow = any(x.itemsize == 2 for x in truth.values())
     assert bool(ckpt.notes) == (weights == "master" and narrow)
@@ -95,9 +88,9 @@ def test_gate_and_up_layers_and_experts_apart(unpacked, name):
     """singleton_local_shards: what is one tensor otherwise has names of its own."""
     at = unpacked(name)
     apart = at.with_name(name.replace("-0", "-singleton-0")) / "dist"
-    same(fastckpt.open(apart, config=at, weights="module"), load_file(at / "truth.safetensors"))
+    holds(fastckpt.open(apart, config=at, weights="module"), load_file(at / "truth.safetensors"))
     if name.startswith("llama"):
-        same(fastckpt.open(apart, config=at), load_file(at / "masters.safetensors"))
+        holds(fastckpt.open(apart, config=at), load_file(at / "masters.safetensors"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,7 +122,7 @@ def test_from_the_command_line(unpacked, tmp_path, capsys):
     assert cli.main(["verify", out, "-q"]) == 0
     whole = str(tmp_path / "whole")
     assert cli.main(["reshard", run, whole, "--config", config, "--layout", "hf", "-q"]) == 0
-    same(fastckpt.open(whole), load_file(at / "masters.safetensors"))
+    holds(fastckpt.open(whole), load_file(at / "masters.safetensors"))
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == "llama"
     assert cli.main(["diff", run, whole, "-q"]) == 0
     assert cli.main(["diff", run, out, "-q"]) == 0
@@ -173,9 +166,10 @@ def test_a_config_and_a_tokenizer_beside_it(case):
     at = case("gpt2-0.19.2")
     shutil.copy(at / "config.json", at / "dist")
     (at / "dist" / "tokenizer.json").write_text("{}")
-    same(fastckpt.open(at / "dist"), load_file(at / "truth.safetensors"))
+    truth = load_file(at / "truth.safetensors")
+    holds(fastckpt.open(at / "dist"), truth)
     fastckpt.reshard(at / "dist", out=at / "hub", durable=False)
-    same(fastckpt.open(at / "hub"), load_file(at / "truth.safetensors"))
+    holds(fastckpt.open(at / "hub"), truth | {"lm_head.weight": truth["transformer.wte.weight"]})
     assert (at / "hub" / "tokenizer.json").read_text() == "{}"
     (at / "tokenizer_config.json").write_text("{}")
     fastckpt.reshard(at / "legacy", config=at, out=at / "other", durable=False)
@@ -188,14 +182,14 @@ def test_which_save(case):
     shutil.copytree(run / "iter_0000100", run / "iter_0000200")
     truth = load_file(at / "truth.safetensors")
     for tag in ("100", "iter_0000200"):
-        same(fastckpt.open(run, tag=tag, config=at), truth)
-    same(fastckpt.open(run / "iter_0000200", config=at), truth)
+        holds(fastckpt.open(run, tag=tag, config=at), truth)
+    holds(fastckpt.open(run / "iter_0000200", config=at), truth)
     (run / "latest_checkpointed_iteration.txt").write_text("300\n")
     with pytest.raises(SourceError, match="no save '300'; there is iter_0000100, iter_0000200"):
         fastckpt.open(run, config=at)
     (run / "iter_0000200").rename(run / "release")
     (run / "latest_checkpointed_iteration.txt").write_text("release")
-    same(fastckpt.open(run, config=at), truth)
+    holds(fastckpt.open(run, config=at), truth)
     for odd in ("../x", "-1", "", "iter_1/.."):
         with pytest.raises(SourceError, match="is no save"):
             fastckpt.open(run, tag=odd, config=at)
@@ -273,7 +267,7 @@ def test_names_of_transformer_engine(tmp_path, name, tp, options, args):
 
     run, config, hub = written(tmp_path, made, tp, options, extra, **args)
     ckpt = fastckpt.open(run, config=config)
-    same(ckpt, hub)
+    holds(ckpt, hub)
     assert "_extra_state: Transformer Engine's own" in ckpt.unread
 
 
@@ -302,7 +296,7 @@ def test_rotary_positions_are_the_hub_s(tmp_path, name, args):
         (at := tmp_path / str(said)).mkdir()
         run, config, hub = written(at, made, 2, OF_TE, rotary_interleaved=said, **args)
         if said is turns_neighbours(name):
-            same(fastckpt.open(run, config=config), hub)
+            holds(fastckpt.open(run, config=config), hub)
         else:
             with pytest.raises(SourceError, match=f"its args say rotary_interleaved {said}, the config has"):
                 fastckpt.open(run, config=config)
@@ -345,7 +339,7 @@ def test_a_last_stage_has_the_embedding_of_the_first(tmp_path, spoiled):
         shutil.rmtree(at)
     if spoiled is None:
         ckpt = fastckpt.open(run, config=config)
-        same(ckpt, hub)
+        holds(ckpt, hub)
         assert "output_layer.weight: the last stage's copy of the embedding" in ckpt.unread
         return
     with pytest.raises(SourceError, match=r"of mp_rank_01_000 and output_layer\.weight of mp_rank_01_001"):
@@ -370,7 +364,7 @@ def test_a_users_own_recipe(tmp_path):
     at.mkdir(parents=True)
     said = argparse.Namespace(apply_layernorm_1p=True)
     torch.save({"args": said, "checkpoint_version": 3.0, "model": held}, at / "model_optim_rng.pt")
-    same(fastckpt.open(tmp_path / "run", config=config, recipe=str(path)), hub)
+    holds(fastckpt.open(tmp_path / "run", config=config, recipe=str(path)), hub)
 
 
 def broken(change, told, **args):
@@ -411,6 +405,10 @@ def _list(rank, state):
     state["model"]["more"] = [torch.zeros(3)]
 
 
+def _grouped(rank, state):
+    state["model"]["decoder.layers.0.mlp.experts.weight1"] = torch.zeros(64, 192)
+
+
 def _not_a_number(rank, state):
     state["checkpoint_version"] = float("nan")
 
@@ -432,6 +430,7 @@ def _no_layer(rank, state):
         broken(_add, "0/decoder.layers.0.mlp.extra.weight is no tensor of layout megatron"),
         broken(_old, "checkpoint_version 2.0: wanted 3.0"),
         broken(_nested, "the form of Megatron before its core"),
+        broken(_grouped, "experts.weight1: a rank's experts turned and in one, as GroupedMLP has them"),
         broken(_not_a_number, "checkpoint_version nan: wanted 3.0"),
         broken(_list, "more: holds a tensor, where a state dict has each under a name of its own"),
         broken(None, "tp 2 does not divide expert_tensor_parallel_size 1 \\* ep 1", num_experts=2,
@@ -471,7 +470,7 @@ def test_norms_by_one_plus_weight_are_not_confused(tmp_path):
 
 def test_files_under_one_anothers_names(tmp_path):
     run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE)
-    same(fastckpt.open(run, config=config), hub)
+    holds(fastckpt.open(run, config=config), hub)
     root = run / "iter_0000007"
     for a, b in (("mp_rank_00", "x"), ("mp_rank_01", "mp_rank_00"), ("x", "mp_rank_01")):
         (root / a).rename(root / b)
@@ -483,7 +482,7 @@ def test_experts_under_one_anothers_names(tmp_path):
     made = families.made("deepseek_v3")
     args = MOE | dict(num_experts=6, group_query_attention=False)
     run, config, hub = written(tmp_path, made, 2, OF_TE, None, 2, **args)
-    same(fastckpt.open(run, config=config), hub)
+    holds(fastckpt.open(run, config=config), hub)
     root = run / "iter_0000007"
     for a, b in (("mp_rank_00_000", "x"), ("mp_rank_00_001", "mp_rank_00_000"), ("x", "mp_rank_00_001")):
         (root / a).rename(root / b)
@@ -497,7 +496,7 @@ def test_a_rank_that_does_not_say_who_wrote_it(tmp_path):
             del state["args"].rank
 
     run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, change=unsaid)
-    same(fastckpt.open(run, config=config), hub)
+    holds(fastckpt.open(run, config=config), hub)
 
 
 def test_what_two_stages_hold(tmp_path):
@@ -515,13 +514,13 @@ def test_what_is_not_of_the_model(tmp_path):
 
     run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, change=more)
     ckpt = fastckpt.open(run, config=config)
-    same(ckpt, hub)
+    holds(ckpt, hub)
     assert {"mtp: multi-token prediction", "note: no tensor"} <= {*ckpt.unread}
 
 
 def test_a_converter_writes_all_as_one_process(tmp_path):
     run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, rank=0, world_size=1)
-    same(fastckpt.open(run, config=config), hub)
+    holds(fastckpt.open(run, config=config), hub)
 
 
 def test_files_that_are_not_whole(tmp_path):
@@ -550,7 +549,7 @@ def test_nothing_is_executed(tmp_path):
 
     run, config, hub = written(tmp_path, tiny.made("llama"), options=OF_TE, change=harm)
     ckpt = fastckpt.open(run, config=config)
-    same(ckpt, hub)
+    holds(ckpt, hub)
     assert any("system" in name for name in ckpt.inert)
     assert not (tmp_path / "run-by-pickle").exists()
 
@@ -558,28 +557,49 @@ def test_nothing_is_executed(tmp_path):
 # ---- torch_dist, written by torch's own DCP ----
 
 
-def test_masters_and_what_has_none(tmp_path):
+@pytest.mark.parametrize("form", ["fp32_param", "param"])
+def test_masters_and_what_has_none(tmp_path, form):
+    """`param` is the distributed optimizer's word (fully_reshardable), `fp32_param` that of the others."""
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
-    masters = {f"optimizer.state.fp32_param.{n}": x.float() + 2**-12 for n, x in keys.items()}
+    masters = {f"optimizer.state.{form}.{n}": exact(x) for n, x in keys.items()}
     bare = "embedding.word_embeddings.weight"
-    del masters[f"optimizer.state.fp32_param.{bare}"]
+    del masters[f"optimizer.state.{form}.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
     ckpt = fastckpt.open(dist(tmp_path, keys | masters | moments), config=made[0])
     assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
-    want = {n: x if "embed" in n else x.float() + 2**-12 for n, x in made[1].items()}
-    same(ckpt, want)
+    want = {n: x if "embed" in n else exact(x) for n, x in made[1].items()}
+    holds(ckpt, want)
 
 
-def test_nemos_prefix_and_no_args(tmp_path):
+def exact(x):
+    """A master that rounds to `x`."""
+    return x.float() * (1 + 2**-12)
+
+
+def test_remainders_are_no_masters(tmp_path):
+    """What Transformer Engine keeps of a master whose upper half the weight is (store_param_remainders):
+    16 bits, which megatron-core saves as whole numbers in float32."""
     made = tiny.made("llama")
-    keys = {f"module.{n}": x for n, x in keys_of(tmp_path, made).items()}
+    keys = keys_of(tmp_path, made)
+    rests = {n: exact(x).view(torch.int32).to(torch.int16).float() for n, x in keys.items()}
+    root = dist(tmp_path, keys | {f"optimizer.state.param.{n}": x for n, x in rests.items()})
+    with pytest.raises(SourceError, match=r"was not rounded from it, .*--weights module"):
+        fastckpt.open(root, config=made[0])
+    holds(fastckpt.open(root, config=made[0], weights="module"), made[1])
+
+
+@pytest.mark.parametrize(("inside", "prefix"), [("weights", "module"), ("model_weights", "model")])
+def test_nemos_directories_and_no_args(tmp_path, inside, prefix):
+    """NeMo 2, and the unpacked archive of NeMo 1."""
+    made = tiny.made("llama")
+    keys = {f"{prefix}.{n}": x for n, x in keys_of(tmp_path, made).items()}
     masters = {f"optimizer.state.fp32_param.{n}": x.float() for n, x in keys.items()}
     root = dist(tmp_path, keys | masters, args=None)
     (tmp_path / "nemo").mkdir()
-    root.rename(tmp_path / "nemo" / "weights")
+    root.rename(tmp_path / "nemo" / inside)
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
-    same(ckpt, {n: x.float() for n, x in made[1].items()})
+    holds(ckpt, {n: x.float() for n, x in made[1].items()})
     assert "the checkpoint has no args" in ckpt.notes[0]
 
 
@@ -593,7 +613,7 @@ def test_verls_directories(tmp_path, inside):
     (save / "actor" / inside / "huggingface/config.json").write_text(json.dumps(made[0]))
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("7")
     for path in (tmp_path / "run", save, save / "actor"):
-        same(fastckpt.open(path), made[1])
+        holds(fastckpt.open(path), made[1])
 
 
 def test_what_torch_dist_must_have(tmp_path):
@@ -654,6 +674,6 @@ def test_stacks_are_taken_apart_at_any_box(tmp_path):
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
     root = dist(tmp_path, keys)  # one box a tensor: both layers
-    same(fastckpt.open(root, config=made[0]), made[1])
+    holds(fastckpt.open(root, config=made[0]), made[1])
     with pytest.raises(FastckptError):
         fastckpt.open(root, config=made[0], tag="5")

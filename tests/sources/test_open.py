@@ -78,11 +78,22 @@ def test_a_run_s_directory_names_those_further_down(tmp_path):
     refuses(tmp_path, "it holds some: run/ckpt/_actor, run/ckpt/_critic;")
 
 
+def test_an_archive_that_is_no_checkpoint_s_is_not_named(tmp_path):
+    torch.save(TENSORS, tmp_path / "model.dat")  # starts as a jar or a docx does
+    refuses(tmp_path, "no known checkpoint; looked for")
+    (tmp_path / "model.dat").rename(tmp_path / "model.pt")
+    refuses(tmp_path, "it holds some: model.pt;")
+
+
 def test_what_is_known_of_other_programs_is_told(tmp_path):
+    (step := tmp_path / "run" / "7").mkdir(parents=True)
     for name, what in sources.UNREAD.items():
-        (tmp_path / name).write_text("{}")
-        refuses(tmp_path, f"{what}, which is not read")
-        (tmp_path / name).unlink()
+        (step / name).write_text("{}")
+        refuses(step, f"{what}, which is not read")
+        refuses(tmp_path, f"run/7 is {what}, which is not read")
+        (step / name).unlink()
+    (tmp_path / "llama.nemo").write_bytes(b"tar")
+    refuses(tmp_path / "llama.nemo", "an archive of NeMo's, which is not read: unpack it")
 
 
 @pytest.mark.parametrize(

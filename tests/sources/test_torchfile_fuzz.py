@@ -23,7 +23,8 @@ import torch
 from fastckpt.errors import SourceError
 from fastckpt.sources import torchfile
 from fastckpt.sources.torchfile import Storage, Tensor, TorchFile, picklemachine
-from fastckpt.sources.torchfile.inertpickle import Inert, parse
+from fastckpt.sources.torchfile.inert import Inert
+from fastckpt.sources.torchfile.inertpickle import parse
 from hostile import torch_files as make
 
 

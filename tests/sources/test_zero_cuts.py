@@ -44,6 +44,8 @@ LISTS = {
     "averaged": ({"parameter_to_average_patterns": [r"model.layers.\d+.w.weight"]}, [(4,), (4,)]),
     "halves": ({"parameter_with_2_sub_params_cat_dim_0": [EXACT]}, [(6, 4), (2, 4), (4, 4)]),
     "vocabulary": ({"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": 7}, [(4, 2), (4, 2)]),
+    "vocabulary, uneven": (
+        {"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": 8}, [(2, 2), (5, 2), (3, 2)]),
     "one rank's rows alone": (
         {"vocabulary_parameter_patterns": [EXACT], "original_vocab_size": 3}, [(4, 2), (4, 2)]),
     "sub, old, a count": ({"parameter_with_sub_params": [SUB | {"shape": (3, -1)}]}, [(6, 4), (6, 4)]),
@@ -184,6 +186,7 @@ def test_maps_of_other_ranks_shapes_and_versions():
         ({"affine_map": {"params": {"^other$": {}}}}, "neither affine_map nor a list speaks of it"),
         ({"parameter_with_sub_params": [SUB | {"shape": (10**15, -1)}]}, "equal parts of 4"),
         ({"parameter_with_sub_params": [SUB | {"shape": (3, -1)}]}, "3 equal parts of 4"),
+        ({"parameter_with_sub_params": [SUB | {"shape": (0, -1)}]}, "0 equal parts of 4"),
         ({"parameter_with_sub_params": [SUB | {"shape": [(1, 3), -1]}]}, "nothing says how"),
         ({"parameter_with_sub_params": [SUB | {"shape": [(2, 2), 7]}]}, "axis 1 is said to be 7"),
         ({"parameter_with_sub_params": [SUB | {"shape": [(2, 2)]}]}, "partition_dim 0 of parts"),

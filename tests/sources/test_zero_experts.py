@@ -231,13 +231,13 @@ def test_a_group_that_is_not_what_it_is_counted_as(copied, seeds):
 
 
 def test_groups_that_fit_two_orders():
-    """Two groups are cut over as many ranks: only the names of what they hold tell them apart."""
+    """Two groups are cut over as many ranks: the names of what they hold, or paddings, tell them apart."""
     names = ["dense", *(EXPERT.format(e) for e in range(3))]
     shapes = [{name: (1,)} for name in names]
 
-    def state(counts, held, flats):
+    def state(counts, held, flats, paddings=None):
         pieces = held and tuple({n: 0} for n in held)
-        return zero.state.OptimState(2, counts, flats, (), None, pieces, None, None, "")
+        return zero.state.OptimState(2, counts, flats, (), paddings, pieces, None, None, "")
 
     first = state((4, 1, 2, 2), None, (0, 1, 2, 3))
     told = state((4, 2, 2, 1), [names[0], names[3], names[2], names[1]], (0, 3, 2, 1))
@@ -246,6 +246,10 @@ def test_groups_that_fit_two_orders():
     assert zero.experts.in_order([first, first], shapes, None, "ab") == [first, first]
     with pytest.raises(SourceError, match="b: its groups of experts fit more than one order"):
         zero.experts.in_order([first, state(told.counts, None, told.flats)], shapes, None, "ab")
+    padded = state(first.counts, None, first.flats, ((0,), (0,), (1,), (2,)))
+    turned = state(first.counts, None, (0, 1, 3, 2), ((0,), (0,), (2,), (1,)))
+    (_, found) = zero.experts.in_order([padded, turned], shapes, None, "ab")
+    assert found.flats == first.flats and found.alignment == padded.alignment
     no_piece = state(told.counts, ["dense", names[3], names[2], names[1]], told.flats)
     no_piece.held[1].clear()  # of a small group some ranks hold nothing: the others leave it one place
     assert zero.experts.in_order([first, no_piece], shapes, None, "ab")[1].flats == first.flats

@@ -377,6 +377,15 @@ def test_a_tensor_within_a_layer_s_entry(pipeline):
     refuses(pipeline, "layer_01-model_00-model_states.pt: more: holds a tensor")
 
 
+def test_what_is_no_tensor_of_a_layer_is_named(pipeline):
+    for layer in (pipeline / TAG).glob("layer_01-*"):
+        change(layer, lambda tree: tree.update(version=3, _extra_state=b""))
+    ckpt = sources.open(pipeline)
+    assert [note for note in ckpt.unread if note.endswith("no tensor")] == [
+        "1.version: no tensor", "1._extra_state: no tensor",
+    ]  # fmt: skip
+
+
 def test_a_name_in_two_stages(pipeline):
     for file in model_states(pipeline)[2:]:
         change(

@@ -12,6 +12,7 @@ from fastckpt import cli
 from fastckpt.errors import LayoutError
 from fastckpt.layouts import layout
 from layouts import families
+from outputs import hub_directory
 from safetensors.torch import load_file, save_file
 
 CONFIG = {
@@ -33,9 +34,7 @@ def hub(tmp_path_factory):
         shapes |= {f"{at}self_attn.{x}_proj": (32, 64) for x in "kv"}
         shapes |= {f"{at}mlp.{x}_proj": (96, 64) for x in ("gate", "up")} | {at + "mlp.down_proj": (64, 96)}
     tensors = {f"{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
+    return hub_directory(folder, CONFIG, tensors)
 
 
 def written(hub, out, dtype=None, tp=2, name="vllm", config=None, **options):

@@ -314,14 +314,20 @@ def _check(adapter: Adapter, config: Mapping[str, JSON]) -> None:
 
 
 def _may_be_tied(adapter: Adapter, name: str, config: Mapping[str, JSON]) -> bool:
-    """Whether a tensor is embedding and output matrix in one, as far as the base's config and names tell."""
-    base, saved = adapter.base, adapter.saved.get(name)
+    """Whether a tensor is embedding and output matrix in one, as far as the base's config and names tell.
+
+    Where no table has as many rows as the config says (padded, or resized since), those of rows that few
+    matrices have may be it: the others of a layer have their like in every layer."""
+    base, saved, size = adapter.base, adapter.saved.get(name), config.get("vocab_size")
     changed = base.entries.get(name) if saved is None else saved.entry
-    if changed is None or len(changed.shape) != 2 or changed.shape[0] != config.get("vocab_size"):
+    if changed is None or len(changed.shape) != 2 or size is None:
         return False
-    tables = sum(len(e.shape) == 2 and e.shape[0] == changed.shape[0] for e in base.entries.values())
+    rows = [e.shape[0] for e in base.entries.values() if len(e.shape) == 2]
+    alike = rows.count(changed.shape[0])
+    if changed.shape[0] != size and (size in rows or alike > 2):
+        return False
     said = config.get("tie_word_embeddings")
-    return said is True or (said is None and tables < 2)
+    return said is True or (said is None and alike < 2)
 
 
 def kind_of(old: DType, asked: DType | None) -> DType:

@@ -144,7 +144,7 @@ def inspect(
         tied=dict(ckpt.aliases),
         biggest=tuple((n, e.dtype.name, e.shape, _nbytes(e)) for n, e in large),
         files=tuple((f.path, f.nbytes) for f in ckpt.files),
-        config=next((p for p in beside if os.path.basename(p) == "config.json"), None),
+        config=None if ckpt.config_file is None else ckpt.config_file.path,
         family=family,
         family_note=note,
         beside=beside,

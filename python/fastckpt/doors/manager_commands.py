@@ -205,9 +205,14 @@ def _restore(manager: CheckpointManager, args: argparse.Namespace) -> int:
 def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..manager import publishing
 
-    if args.dry_run:
-        if args.back is not None:
+    if args.back is not None:
+        if args.dry_run:
             raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
+        if given := [f"--{name}" for name in ("step", "part", "keep") if getattr(args, name) is not None]:
+            raise FastckptError(
+                f"--back {args.back}: moves a link alone, makes or removes none; got {', '.join(given)} too"
+            )
+    if args.dry_run:
         step = _step(manager, args)
         source = publishing.model_of(manager.open(step, 0), args.part)
         version = os.path.basename(manager.path(step))

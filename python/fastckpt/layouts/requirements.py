@@ -132,13 +132,13 @@ def require_heads_alike(layout: str, attention: Attention) -> None:
             raise LayoutError(f"layout {layout} has no place for {norm.name}, {what}")
 
 
-def require_neighbours(layout: str, attention: Mla) -> None:
+def require_neighbours(layout: str, attention: Mla, otherwise: str = "") -> None:
     """Raises LayoutError for latent attention whose rotary positions turn halves: servers turn neighbours,
-    whatever a config says."""
+    whatever a config says; `otherwise`: which do not, and what to do with those."""
     if attention.halves:
         raise LayoutError(
             f"layout {layout} has no place for {attention.kv_a.name}, whose rotary positions turn halves of "
-            "its rows, and not neighbours (rope_interleave false)"
+            f"its rows, and not neighbours (rope_interleave false){otherwise}"
         )
 
 

@@ -207,15 +207,13 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
 
     `claims` by rank. Owners are chosen so that every rank writes about as much. Raises ManagerError where
     ranks that should hold the same box hold other bytes."""
-    load = dict.fromkeys(disk, 0)
-    for rank in disk:
-        load[rank] = sum(c.nbytes for c in claims[rank].values() if c.whole is None)
     out = {}
     names = sorted({n for c in claims for n in c})
-    every = [n for n in names if _same_everywhere([c.get(n) for c in claims])]
-    for name in every:
-        for rank in disk:
-            load[rank] -= claims[rank][name].nbytes
+    every = {n for n in names if _same_everywhere([c.get(n) for c in claims])}
+    load = {
+        rank: sum(c.nbytes for n, c in claims[rank].items() if c.whole is None and n not in every)
+        for rank in disk
+    }
     for name in sorted(every, key=lambda n: -claims[0][n].nbytes):
         claim = claims[0][name]
         owner = min(disk, key=lambda r: (load[r], r))
@@ -223,39 +221,43 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
         whole = (owner, (0,) * len(claim.shape), claim.shape)
         out[name] = Shared(BY_NAME[claim.dtype], claim.shape, (whole,), True)
     for name in names:
-        held = [(r, c[name]) for r, c in enumerate(claims) if name in c]
-        cut = [(rank, claim) for rank, claim in held if claim.whole is not None]
-        if not cut:
-            continue
-        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        where, first = cut[0]
-        for rank, claim in held:
-            if (claim.dtype, claim.whole) != (first.dtype, first.whole) or claim.offset is None:
-                raise ManagerError(
-                    f"state: {name} is {claim} on rank {rank}, {first} on rank {where}; wanted parts of one "
-                    "tensor, or a name of its own for each"
-                )
-            box = boxes.setdefault((claim.offset, claim.shape), [])
-            if box and claims[box[0]][name].digest != claim.digest:
-                raise ManagerError(
-                    f"state: {name} is replicated, but ranks {box[0]} and {rank} hold different bytes at "
-                    f"{claim.offset}: the ranks have drifted apart"
-                )
-            box.append(rank)
-        placed = []
-        for (offset, shape), ranks in sorted(boxes.items()):
-            near = [r for r in ranks if r in load]
-            owner = min(near, key=lambda r: (load[r], r)) if near else ranks[0]
-            if near:
-                load[owner] += claims[owner][name].nbytes
-            placed.append((owner, offset, shape))
-        shape = first.whole or ()
-        try:
-            check_tiles(shape, [(offset, size) for _, offset, size in placed if 0 not in size])
-        except SourceError as e:
-            raise ManagerError(f"state: {name} is cut over the ranks, but {e}") from None
-        out[name] = Shared(BY_NAME[first.dtype], shape, tuple(placed), False)
+        held = {rank: c[name] for rank, c in enumerate(claims) if name in c}
+        if any(claim.whole is not None for claim in held.values()):
+            out[name] = _cut(name, held, load)
     return out
+
+
+def _cut(name: str, held: Mapping[int, Claim], load: dict[int, int]) -> Shared:
+    """A tensor that is cut over the ranks that `held` parts of it; what is written is added to the `load` of
+    the disk's ranks. Raises ManagerError where the parts do not make one tensor."""
+    where, first = next((rank, claim) for rank, claim in held.items() if claim.whole is not None)
+    boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for rank, claim in held.items():
+        if (claim.dtype, claim.whole) != (first.dtype, first.whole) or claim.offset is None:
+            raise ManagerError(
+                f"state: {name} is {claim} on rank {rank}, {first} on rank {where}; wanted parts of one "
+                "tensor, or a name of its own for each"
+            )
+        box = boxes.setdefault((claim.offset, claim.shape), [])
+        if box and held[box[0]].digest != claim.digest:
+            raise ManagerError(
+                f"state: {name} is replicated, but ranks {box[0]} and {rank} hold different bytes at "
+                f"{claim.offset}: the ranks have drifted apart"
+            )
+        box.append(rank)
+    placed = []
+    for (offset, shape), ranks in sorted(boxes.items()):
+        near = [r for r in ranks if r in load]
+        owner = min(near, key=lambda r: (load[r], r)) if near else ranks[0]
+        if near:
+            load[owner] += held[owner].nbytes
+        placed.append((owner, offset, shape))
+    whole = first.whole or ()
+    try:
+        check_tiles(whole, [(offset, size) for _, offset, size in placed if 0 not in size])
+    except SourceError as e:
+        raise ManagerError(f"state: {name} is cut over the ranks, but {e}") from None
+    return Shared(BY_NAME[first.dtype], whole, tuple(placed), False)
 
 
 def _same_everywhere(claims: Sequence[Claim | None]) -> bool:

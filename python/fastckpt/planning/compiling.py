@@ -67,7 +67,7 @@ def single(view: View) -> Table | None:
     extent, code, offset, *rest = view.held[0].tolist()
     axes: list[tuple[int, int]] = []  # elements and source stride, innermost first
     for n, step in zip(view.held_shape[::-1], rest[: -len(view.held_shape) - 1 : -1], strict=True):
-        if axes and n != 1 and step == axes[-1][0] * axes[-1][1]:
+        if axes and step == axes[-1][0] * axes[-1][1]:
             axes[-1] = n * axes[-1][0], axes[-1][1]
         elif n != 1:
             axes.append((n, step))

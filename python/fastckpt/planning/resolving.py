@@ -59,8 +59,7 @@ def resolve(ckpt: Checkpoint, request: Request, *, to_files: bool) -> Resolved:
     """The road that was asked for. Raises RecipeError, LayoutError or ViewError where there is none."""
     if request.dense:
         ckpt, request = _densified(ckpt, request)
-    beside = any(os.path.basename(file.path) == "config.json" for file in ckpt.beside)
-    if request.config is None and ckpt.config is not None and (ckpt.unpadded or not beside):
+    if request.config is None and ckpt.config is not None and (ckpt.unpadded or ckpt.config_file is None):
         request = replace(request, config=ckpt.config)  # there is none beside, or that of padded shards
     layout = _layout(request)
     if layout.roles and request.adapter is None and (why := strangers.adapted([*ckpt.entries])):

@@ -1,8 +1,9 @@
 """Quantisation schemes: what a matrix becomes, which values share a scale, and how files spell it.
 
 A matrix is [..., rows, columns] = [..., outputs, inputs]. Law: x is stored as round(x / scale) with ties to
-even, clamped; scale = amax / reach in fp32 over the values that share it, and 1 where they are all zero. With
-zero points it is round(x / scale + zero), zero = round(-8 - low / scale), scale = (high - low) / reach.
+even, clamped; scale = amax / reach in fp32 over the values that share it, at least the scheme's floor, and 1
+where both are zero. With zero points it is round(x / scale + zero), zero = round(-8 - low / scale), scale =
+(high - low) / reach.
 Microscaled: scale is 2^floor(log2(amax)), or twice that where amax is 1.75 of it or more, over the power of
 two in reach; at least 2^-127.
 """
@@ -127,6 +128,10 @@ class Scheme:
         return int32 if self.turned else int64
 
 
+_LEAST_HALF = 2.0**-24
+"""The smallest number of fp16 above 0: a scale that came to 0 would take its whole group along."""
+
+
 def _groups() -> Iterator[Scheme]:
     """The schemes of four bits, each with groups of 128, 64 and 32 inputs."""
     for end, n in (("", 128), ("64", 64), ("32", 32)):
@@ -137,8 +142,9 @@ def _groups() -> Iterator[Scheme]:
         yield across
         yield replace(across, name=f"{across.name}-zero", reach=15.0, asymmetric=True, zero="_zero_point")
         awq = Scheme(
-            f"awq-group{end}", int32, 4, (n, 1), 15.0, turned=True, packed="awq", asymmetric=True,
-            scale_dtype=float16, values="qweight", scale="scales", zero="qzeros", format="awq",
+            f"awq-group{end}", int32, 4, (n, 1), 15.0, _LEAST_HALF, turned=True, packed="awq",
+            asymmetric=True, scale_dtype=float16, values="qweight", scale="scales", zero="qzeros",
+            format="awq",
         )  # fmt: skip
         yield awq
         down = replace(

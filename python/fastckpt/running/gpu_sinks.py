@@ -237,6 +237,5 @@ def pieces(batch: Batch, slots: Slots) -> list[tuple[int, int, int, int]]:
 
 def _bytes(buffer: Buffer) -> torch.Tensor:
     owner = buffer.owner
-    if not isinstance(owner, torch.Tensor):
-        raise DeviceError(f"wanted the memory of a torch tensor, got {type(owner).__name__}")
+    assert isinstance(owner, torch.Tensor)  # `tensors` made or took them
     return owner.detach().as_strided((owner.numel(),), (1,)).view(torch.uint8)

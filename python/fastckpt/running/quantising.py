@@ -1,7 +1,8 @@
 """Quantised tensors on the road: bands of dense rows are filled, quantised while in cache, and written out.
 
-A job is a run of a tensor's rows whose values begin on a digest leaf; one worker does it band by band. Law:
-every value is made from the plan's own rows; a tensor's scales go out once, when its last job is done.
+A stretch is a run of a tensor's rows whose values begin on a digest leaf; one worker makes it band by band.
+Law: every value is made from the plan's own rows; a tensor's scales go out once, when its last stretch is
+done.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from ..quantisation.rounding import (
 from ..reader import Lane, is_one_run
 from ..target import Target
 
-JOB_BYTES = 8 * LEAF
-"""Values of one job, about: a large tensor is shared out among the workers."""
+STRETCH_BYTES = 8 * LEAF
+"""Values of one stretch, about: a large tensor is shared out among the workers."""
 
 WIDER = 8
 """Steps at once of what lies turned in memory, so that more of each of its pages is read."""
@@ -58,14 +59,14 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class _Tensor:
-    """A quantised tensor on its way: its scales and zero points, the jobs left, and its error so far."""
+    """A quantised tensor on its way: its scales and zero points, the stretches left, and its error so far."""
 
     number: int
     matrix: Quantised
     scales: Floats
     zeros: Zeros
     largest: Floats | None
-    jobs: int
+    left: int
     error: Error = field(default_factory=Error)
     lock: Lock = field(default_factory=Lock)
 
@@ -110,7 +111,7 @@ class Band:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Stretch:
     """Bands of one tensor, in order, that make bytes [start, stop) of its values, which lie in `file`."""
 
     tensor: _Tensor
@@ -121,8 +122,8 @@ class Job:
 
 
 class _Out:
-    """A job's values on their way to `sink`, from offset `at` of a tensor on: made in its memory where it has
-    room, else in `staging`, from which whole leaves are put."""
+    """A stretch's values on their way to `sink`, from offset `at` of a tensor on: made in its memory where it
+    has room, else in `staging`, from which whole leaves are put."""
 
     def __init__(self, sink: Sink, tensor: int, at: int, staging: Bytes) -> None:
         self.sink, self.tensor, self.at, self.staging = sink, tensor, at, staging
@@ -214,8 +215,8 @@ class Quantising:
         keep = ~self.made[first + chunk.tensor]
         return chunk if keep.all() else Chunk(chunk.count, chunk.rows[keep], chunk.tensor[keep])
 
-    def jobs(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Job]:
-        """The jobs of the chunk's quantised tensors."""
+    def stretches(self, first: int, chunk: Chunk, binding: Binding) -> Iterator[Stretch]:
+        """The stretches of the chunk's quantised tensors."""
         if not self.plan.quantised:
             return
         dense = Dense(chunk, binding)
@@ -231,12 +232,12 @@ class Quantising:
             width = columns * matrix.dtype.itemsize
             for band in dense.bands(i, rows, width, step, turned=matrix.scheme.turned):
                 if bands and band.row % share == 0:
-                    yield Job(tensor, file, bands[0].row * out, band.row * out, tuple(bands))
+                    yield Stretch(tensor, file, bands[0].row * out, band.row * out, tuple(bands))
                     bands = []
                 bands.append(band)
-            yield Job(tensor, file, bands[0].row * out, rows * out, tuple(bands))
+            yield Stretch(tensor, file, bands[0].row * out, rows * out, tuple(bands))
 
-    def _tensor(self, number: int, matrix: Quantised, jobs: int) -> _Tensor:
+    def _tensor(self, number: int, matrix: Quantised, left: int) -> _Tensor:
         rows, _ = flat(matrix.shape)
         lead = rows // matrix.shape[-2]
         down, across = matrix.scheme.grid(matrix.shape[-2], matrix.shape[-1])
@@ -248,17 +249,17 @@ class Quantising:
                 one = largest.reshape(lead, -1).max(axis=1)
                 scales[:] = scale_of(one, matrix.scheme).reshape(lead, 1)
                 largest = np.repeat(one, matrix.shape[-2])
-        return _Tensor(number, matrix, scales, np.zeros(scales.shape, np.int8), largest, jobs)
+        return _Tensor(number, matrix, scales, np.zeros(scales.shape, np.int8), largest, left)
 
-    def worker(self, lane: Lane, sink: Sink) -> Callable[[Job], None]:
+    def worker(self, lane: Lane, sink: Sink) -> Callable[[Stretch], None]:
         """A worker with staging of its own for dense rows and for values."""
         dense, values = fresh(self.dense), fresh(self.values)
 
-        def run(job: Job) -> None:
-            tensor, error = job.tensor, Error()
+        def run(stretch: Stretch) -> None:
+            tensor, error = stretch.tensor, Error()
             _, columns = flat(tensor.matrix.shape)
-            out = _Out(sink, tensor.number, job.start, values)
-            for band in job.bands:
+            out = _Out(sink, tensor.number, stretch.start, values)
+            for band in stretch.bands:
                 n = band.count * columns
                 size = n * tensor.matrix.scheme.bits // 8
                 rows = band.dense(lane, dense, n * tensor.matrix.dtype.itemsize)
@@ -266,9 +267,9 @@ class Quantising:
                 out.take(size)
             out.close()
             with tensor.lock:
-                tensor.jobs -= 1
+                tensor.left -= 1
                 tensor.error += error
-                last = tensor.jobs == 0
+                last = tensor.left == 0
             if last:
                 for at, array in _beside(tensor):
                     sink.put(at, 0, memoryview(array.reshape(-1).view(np.uint8).data))
@@ -331,36 +332,36 @@ class Scan:
     def __init__(self) -> None:
         self.largest: dict[str, Floats] = {}
 
-    def jobs(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanJob]:
-        """The jobs of a window of compiled targets."""
+    def bands(self, window: list[tuple[int, Target]], chunk: Chunk, binding: Binding) -> Iterator[ScanBand]:
+        """The bands of a window of compiled targets."""
         dense = Dense(chunk, binding)
         for i, (_, target) in enumerate(window):
             rows, columns = flat(target.shape)
             width = columns * target.view.dtype.itemsize
             found = self.largest[target.name] = np.empty(rows, np.float32)
             for band in dense.bands(i, rows, width, max(1, DENSE_BYTES // width)):
-                yield ScanJob(target, band, found, 0, band.count * width)
+                yield ScanBand(target, band, found, 0, band.count * width)
 
-    def worker(self, lane: Lane) -> Callable[[ScanJob], None]:
+    def worker(self, lane: Lane) -> Callable[[ScanBand], None]:
         """A worker with staging of its own."""
         staging = fresh(DENSE_BYTES)
 
-        def run(job: ScanJob) -> None:
+        def run(scanned: ScanBand) -> None:
             nonlocal staging
-            if len(staging) < job.stop:
-                staging = fresh(job.stop)
-            band, (_, columns) = job.band, flat(job.target.shape)
-            dense = band.dense(lane, staging, job.stop)
-            largest = amax(dense, job.target.view.dtype, band.count, columns)
+            if len(staging) < scanned.stop:
+                staging = fresh(scanned.stop)
+            band, (_, columns) = scanned.band, flat(scanned.target.shape)
+            dense = band.dense(lane, staging, scanned.stop)
+            largest = amax(dense, scanned.target.view.dtype, band.count, columns)
             if not np.isfinite(largest).all():
-                raise not_finite(job.target.name, band.row, band.row + band.count)
-            job.found[band.row : band.row + band.count] = largest
+                raise not_finite(scanned.target.name, band.row, band.row + band.count)
+            scanned.found[band.row : band.row + band.count] = largest
 
         return run
 
 
 @dataclass(frozen=True, slots=True)
-class ScanJob:
+class ScanBand:
     """A band of a matrix to look through; it has `stop` - `start` dense bytes."""
 
     target: Target
@@ -384,7 +385,7 @@ def _widest(matrix: Quantised) -> int:
 
 
 def _share(matrix: Quantised) -> int:
-    """Rows of a job: whole bands that begin on a leaf."""
+    """Rows of a stretch: whole bands that begin on a leaf."""
     out = matrix.shape[-1] * matrix.scheme.bits // 8
     one = math.lcm(_widest(matrix), LEAF // math.gcd(LEAF, out))
-    return one * max(1, -(-JOB_BYTES // (one * out)))
+    return one * max(1, -(-STRETCH_BYTES // (one * out)))

@@ -36,7 +36,7 @@ from ..sources import memory
 from . import figures
 from .computing import Computing, Losses
 from .limits import STAGE, Limits, recent
-from .quantising import Job, Quantising, Scan, Sink
+from .quantising import Quantising, Scan, Sink, Stretch
 from .sinks import ToDigests, ToFiles, ToMemory, Worker
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ class Run:
             for owner, name, data in (*planned.texts, *lost):
                 output.text(name, data, owner)
             if beside:
-                copied = [f for f in planned.checkpoint.beside if planned.config is None or not _is_config(f)]
+                ckpt = planned.checkpoint
+                copied = [f for f in ckpt.beside if planned.config is None or f is not ckpt.config_file]
                 for file in copied:
                     output.copy(file.path)
                 check_unchanged(copied, range(len(copied)))  # the weights were cut by the config of then
@@ -276,7 +277,9 @@ class Run:
             with reader_of(extents, binding, alone=False) as reader:
                 executor = pick(None)
                 lanes = [reader.lane(executor) for _ in range(self.limits.threads)]
-                feed(scan.jobs(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None)
+                feed(
+                    scan.bands(window, chunk, binding), [scan.worker(lane) for lane in lanes], lambda _: None
+                )
                 self.bytes_scanned += sum(lane.bytes_read for lane in lanes)
         self.phases["scan"] = time.perf_counter() - began
         return scan.largest
@@ -327,21 +330,21 @@ class _Done:
 
 def _items(
     planned: Plan, quantising: Quantising, binding: Binding, cutting: Callable[..., Iterator[Batch]]
-) -> Iterator[Batch | Job]:
-    """What is to be done, window by window: the jobs of quantised tensors, and batches of all others."""
+) -> Iterator[Batch | Stretch]:
+    """What is to be done, window by window: stretches of quantised tensors, and batches of all others."""
     for first, chunk in planned.chunks():
-        yield from quantising.jobs(first, chunk, binding)
+        yield from quantising.stretches(first, chunk, binding)
         yield from cutting(quantising.others(first, chunk), first, quantising.rest, binding)
 
 
 def _either(
     copy: Worker, quantising: Quantising, lane: Lane, sink: Sink | None
-) -> Callable[[Batch | Job], None]:
-    """One thread's work on what comes: a batch to copy, or a job to quantise."""
+) -> Callable[[Batch | Stretch], None]:
+    """One thread's work on what comes: a batch to copy, or a stretch to quantise."""
     quantise = None if sink is None else quantising.worker(lane, sink)
 
-    def run(item: Batch | Job) -> None:
-        if not isinstance(item, Job):
+    def run(item: Batch | Stretch) -> None:
+        if not isinstance(item, Stretch):
             copy(item)
         elif quantise is not None:
             quantise(item)
@@ -363,10 +366,6 @@ def _output(planned: Plan, out: str, rank: int | None, *, durable: bool, overwri
 
 def _nbytes(planned: Plan) -> int:
     return sum(f.nbytes for f in planned.files)
-
-
-def _is_config(file: File) -> bool:
-    return os.path.basename(file.path) == "config.json"
 
 
 def _read_from(planned: Plan) -> list[str]:

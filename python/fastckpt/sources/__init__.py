@@ -48,6 +48,7 @@ UNREAD = {
         "a checkpoint of nanotron (its examples/llama/convert_nanotron_to_hf.py makes it the hub's)"
     ),
     "_CHECKPOINT_METADATA": "a checkpoint of orbax (JAX)",
+    "manifest.ocdbt": "arrays of tensorstore (orbax, Levanter; JAX)",
     "flax_model.msgpack": "weights of Flax",
     "tf_model.h5": "weights of TensorFlow",
 }
@@ -55,6 +56,9 @@ UNREAD = {
 
 _DEPTH, _MOST = 3, 1000
 """How far below a directory, and among how many names, its checkpoints are looked for."""
+
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".index.json")
+"""Of the files among those: other archives start as torch's do."""
 
 
 @paused()
@@ -130,19 +134,32 @@ def _refuse_absent(path: str) -> None:
 def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
     looked_for = ", ".join(filter(None, SOURCES.values()))
+    if path.endswith(".nemo"):
+        return "an archive of NeMo's, which is not read: unpack it (tar -xf) and open the directory"
     if not is_directory(path):
         return f"not a checkpoint file; looked for {looked_for}"
-    for name, what in UNREAD.items():
-        if is_file(os.path.join(path, name)):
-            return f"{what}, which is not read"
-    level = [""]
+    if (what := _other_program(path)) is not None:
+        return f"{what}, which is not read"
+    level, theirs = [""], None
     for _ in range(_DEPTH):
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
-        inside = [n for n in level if any(s.matches(os.path.join(path, n)) for s in _sources())]
+        inside = [n for n in level if _may_be(os.path.join(path, n))]
         if inside:
             more = ", ..." if len(inside) > 8 else ""
             return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
-    return f"no known checkpoint; looked for {looked_for}"
+        known = ((n, _other_program(os.path.join(path, n))) for n in level)
+        theirs = theirs or next((f"{n} is {what}, which is not read" for n, what in known if what), None)
+    return theirs or f"no known checkpoint; looked for {looked_for}"
+
+
+def _other_program(path: str) -> str | None:
+    """What is at `path`, where another program's checkpoint is."""
+    return next((what for name, what in UNREAD.items() if is_file(os.path.join(path, name))), None)
+
+
+def _may_be(path: str) -> bool:
+    """Whether a directory, or a file by its name too, looks like a checkpoint."""
+    return (path.endswith(_ENDINGS) or is_directory(path)) and any(s.matches(path) for s in _sources())
 
 
 def _names_in(path: str) -> list[str]:

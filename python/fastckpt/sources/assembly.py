@@ -9,7 +9,7 @@ from itertools import islice
 
 import xxhash
 
-from ..checkpoint import JSON, Checkpoint, Entry, Replica, Saved
+from ..checkpoint import JSON, Checkpoint, Entry, Replica, Saved, config_among
 from ..dtypes import DType
 from ..errors import SourceError
 from ..extents import Extent, Extents, File
@@ -78,9 +78,11 @@ def assemble(
         if not renamed:
             raise SourceError(f"{path}: rename= (--rename) leaves out every tensor")
     beside = neighbours(search)
+    config = config_among(beside)
     return Checkpoint(
         path=path, format=format, entries=renamed, extents=extents, aliases=tied, files=tuple(files),
-        config=read_config(beside), beside=beside, saved=saved or Saved(), notes=tuple(notes),
+        config=None if config is None else read_json(config.path), beside=beside,
+        saved=saved or Saved(), notes=tuple(notes),
         facts=facts or {}, unread=tuple(unread), inert=tuple(sorted(set(inert))),
         structure=_structure(format, renamed, tied, extents, layout),
         headers=xxhash.xxh3_64_hexdigest("\n".join(headers).encode()), replicas=replicas,
@@ -149,14 +151,6 @@ def neighbours(directories: Sequence[str]) -> tuple[File, ...]:
             if is_file(path := os.path.join(directory, name)):
                 found[name] = File.at(path)
     return tuple(found[name] for name in BESIDE if name in found)
-
-
-def read_config(beside: Sequence[File]) -> dict[str, JSON] | None:
-    """The config.json among `beside`, parsed; None where there is none."""
-    for file in beside:
-        if os.path.basename(file.path) == "config.json":
-            return read_json(file.path)
-    return None
 
 
 def sampled(extents: Sequence[Extent]) -> str:

@@ -39,6 +39,11 @@ from .matrices import (
 from .merge import flat, rope_apart, stack_moe_w1, transpose_slice_k, transpose_slice_v
 from .split import Cut
 
+_READS_THE_KEY = (
+    "; RTP-LLM reads the key since its commit 68a3f843b of 2026-03-09, for models of its class DeepSeekV2: "
+    "let such an engine load layout hf"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Making:
@@ -138,7 +143,7 @@ def _whole_heads(linear: Linear, cut: Cut) -> None:
 
 
 def _latent(attention: Mla, heads: int, cut: Cut, making: Making) -> Iterator[Whole]:
-    require_neighbours("rtp_llm", attention)
+    require_neighbours("rtp_llm", attention, _READS_THE_KEY)
     if attention.indexer is not None:
         raise LayoutError(f"layout rtp_llm has no place for {attention.indexer.q.name}, an indexer")
     no_bias(attention.q, attention.kv_a, attention.kv_b, attention.q_a)

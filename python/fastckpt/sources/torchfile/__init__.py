@@ -24,7 +24,7 @@ from ..assembly import sampled
 from . import inertpickle, torchpickle
 from .forms import Form, digest
 from .inert import Inert, type_name
-from .inertpickle import Short
+from .picklemachine import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
 from .torchzip import LOCAL, Directory, Reader, require_crc
 

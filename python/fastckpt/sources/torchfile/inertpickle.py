@@ -18,10 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...errors import SourceError
-from .inert import Inert, check_tree
-from .picklemachine import PLAIN, SET_ITEM, Call, Machine, Persistent, Short, Wrong
-
-__all__ = ["PLAIN", "Call", "Inert", "Machine", "Parsed", "Persistent", "Short", "parse"]
+from .inert import check_tree
+from .picklemachine import SET_ITEM, Call, Machine, Persistent, Short, Wrong
 
 MAX_INT_BYTES = 1024
 """The longest integer, in bytes; CPython prints one of this size."""

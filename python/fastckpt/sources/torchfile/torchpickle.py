@@ -17,8 +17,7 @@ from ...dtypes import DType
 from ...errors import SourceError
 from . import inertpickle
 from .inert import Inert
-from .inertpickle import PLAIN, Machine
-from .picklemachine import DICT_ITEM, DICT_NAME, INERT
+from .picklemachine import DICT_ITEM, DICT_NAME, INERT, PLAIN, Call, Machine
 
 MAX_NDIM = 64
 """The most axes of a tensor."""
@@ -337,14 +336,14 @@ def _device(args: tuple[object, ...], m: Machine) -> object:
     return args[0] if len(args) == 1 else f"{args[0]}:{_size(args[1], 'index')}"
 
 
-_REBUILDS: dict[str, inertpickle.Call] = {
+_REBUILDS: dict[str, Call] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
 }
-_CALLS: dict[str, inertpickle.Call] = {
+_CALLS: dict[str, Call] = {
     **_REBUILDS,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": _torch_size,

@@ -56,6 +56,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     stages = [held[p * tp : (p + 1) * tp] for p in range(pp)]
     same = Agreement(where, options.replicas)
     notes: list[str] = []
+    unread = [note for r in ranks for note in r.checkpoint.unread]
     if state.pipeline:
         copies = []
         for t in range(tp):
@@ -67,6 +68,7 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
             "earlier save of more layers"
             for layer in copies[0].idle
         ]
+        unread += [f"{name}: no tensor" for c in copies for name in c.other]
         stages.insert(0, [c.beside(options.exclude_frozen) for c in copies])
         if options.weights == "module" or state.shapes is None:
             stages = [stages[0], [c.copies for c in copies]]
@@ -82,7 +84,9 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
     same.check()
     _check_apart(entries, where)
     _check_gated(entries, where)
-    return _assembled(path, grid, ranks, options, opening, extents, entries, (pp, tp), notes, same.replicas)
+    return _assembled(
+        path, grid, ranks, options, opening, extents, entries, (pp, tp), notes, unread, same.replicas
+    )
 
 
 def _check_one_save(ranks: Sequence[Rank], where: str) -> None:
@@ -209,6 +213,7 @@ def _assembled(
     entries: Mapping[str, Entry],
     degrees: tuple[int, int],
     notes: Sequence[str],
+    unread: Sequence[str],
     replicas: tuple[Replica, ...],
 ) -> Checkpoint:
     files, first = grid.ranks[0], ranks[0].checkpoint
@@ -236,7 +241,7 @@ def _assembled(
         aliases=aliases, files=[*(f for c in of_all for f in c.files), *(f.file for f in opening.opened)],
         search=[os.path.abspath(path), os.path.abspath(files.root)],
         saved=first.saved, notes=[*first.notes, *notes], facts=facts,
-        unread=[*dict.fromkeys(note for c in of_all for note in c.unread), *unpadded],
+        unread=[*dict.fromkeys(unread), *unpadded],
         inert=[n for c in of_all for n in c.inert] + [n for f in opening.opened for n in f.inert],
         layout=[
             *(c.structure.encode() for c in of_all),

@@ -28,12 +28,13 @@ TIED = "tied_modules."
 @dataclass(slots=True)
 class Layers:
     """One tensor-parallel rank's tensors in files of layers: parameters that the optimizer owns, frozen ones,
-    and buffers. `idle`: the layers of which no stage knows a name."""
+    and buffers. `idle`: the layers of which no stage knows a name; `other`: names of what is no tensor."""
 
     copies: dict[str, Entry] = field(default_factory=dict)
     frozen: dict[str, Entry] = field(default_factory=dict)
     buffers: dict[str, Entry] = field(default_factory=dict)
     idle: list[int] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
 
     def beside(self, exclude_frozen: bool) -> dict[str, Entry]:
         """What no master is of."""
@@ -59,17 +60,20 @@ def layers(
     for layer, opened in held.items():
         file = opened.file.file.path
         tensors: dict[str, Tensor] = {}
+        other: list[str] = []
         for key, t in mapping(opened.file.root, file).items():
             if isinstance(t, Tensor):
                 tensors[str(key)] = t
             else:
                 refuse_unread(f"{file}: {key}", t)
+                other.append(str(key))
         prefix = f"{layer}."
         if not off and not any(prefix + key in shapes or prefix + key in buffers for key in tensors):
             whole = {key: Whole(opened, t).entry(extents, "parameter") for key, t in tensors.items()}
             tied = _tied_to(whole, shapes, masters, file)
             prefix = tied or prefix
             out.idle += [layer] if tensors and not tied else []
+        out.other += [prefix + key for key in other]
         for key, t in tensors.items():
             name = prefix + key
             if name in shapes and t.shape != shapes[name]:

@@ -17,22 +17,22 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from .. import dtypes
-from ..dtypes import DType
-from ..errors import LayoutError
-from ..mixers import Attention, Mla, Queries
-from ..model import BlockStacks, Experts, Layer, Mlp, Model, PerLayer, Sizes, Stacks, Tower
-from ..placement import Placement
-from ..roles import Linear, Parameter
-from ..stored import constant
-from ..target import Target
-from ..views import View, cat, stack, zeros
-from .cuts import biases_of, in_part, joined, out_part, padded_part
-from .engines import HUB, Form, Renamed, Served, known, served
-from .hub_form import bias, in_form, norm, out_by_in, parameter
-from .naming import Naming
-from .padding import advice, padded, resized, round_up
-from .requirements import (
+from ... import dtypes
+from ...dtypes import DType
+from ...errors import LayoutError
+from ...mixers import Attention, Mla, Queries
+from ...model import BlockStacks, Experts, Layer, Mlp, Model, PerLayer, Sizes, Stacks, Tower
+from ...placement import Placement
+from ...roles import Linear, Parameter
+from ...stored import constant
+from ...target import Target
+from ...views import View, cat, stack, zeros
+from ..cuts import biases_of, in_part, joined, out_part, padded_part
+from ..engines import HUB, Form, Renamed, Served, known, served
+from ..hub_form import bias, in_form, norm, out_by_in, parameter
+from ..naming import Naming
+from ..padding import advice, padded, resized, round_up
+from ..requirements import (
     Subject,
     require_alike,
     require_delta,
@@ -44,9 +44,9 @@ from .requirements import (
     require_pad,
     require_subjects,
 )
-from .servers import Share, expert_share, layer_range
-from .vllm_attention import attention_part, heads_part, mixer_part, parent
-from .vllm_families import APART, CARRIED, RENAMED, ROWS, TOWERS, WHOLE
+from ..servers import Share, expert_share, layer_range
+from .attention import attention_part, heads_part, mixer_part, parent
+from .families import APART, CARRIED, RENAMED, ROWS, TOWERS, WHOLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .engines import Renamed
+from ..engines import Renamed
 
 _HEAD = ("lm_head.", "language_model.lm_head.")
 _INSIDE = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .. import dtypes
-from ..computed.finishes import minus_exp
-from ..errors import LayoutError
-from ..mixers import (
+from ... import dtypes
+from ...computed.finishes import minus_exp
+from ...errors import LayoutError
+from ...mixers import (
     Attends,
     Attention,
     Compressed,
@@ -21,13 +21,13 @@ from ..mixers import (
     Selective,
     ShortConv,
 )
-from ..model import Model, Sizes
-from ..placement import Placement
-from ..roles import Linear, Parameter
-from ..target import Target
-from .cuts import in_part, joined, norms_part, out_part, qkv_part, regrouped
-from .hub_form import norm, out_by_in
-from .mixer_cuts import (
+from ...model import Model, Sizes
+from ...placement import Placement
+from ...roles import Linear, Parameter
+from ...target import Target
+from ..cuts import in_part, joined, norms_part, out_part, qkv_part, regrouped
+from ..hub_form import norm, out_by_in
+from ..mixer_cuts import (
     delta_part,
     delta_rest,
     delta_stored,
@@ -39,8 +39,8 @@ from .mixer_cuts import (
     short_conv,
     short_conv_part,
 )
-from .requirements import require_neighbours
-from .vllm_families import CUT_NORMS, DELTA, HALVES, PAIRED, QWEN_DELTA, UNJOINED
+from ..requirements import require_neighbours
+from .families import CUT_NORMS, DELTA, HALVES, PAIRED, QWEN_DELTA, UNJOINED
 
 
 def attention_part(
