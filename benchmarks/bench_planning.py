@@ -17,7 +17,8 @@ from fastckpt.planning.binding import Binding
 from fastckpt.planning.request import Request
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from inputs import Input
-from measure import Bench, Figure, Goal, Step, seconds, times_faster
+from measure import Bench, Figure, Goal, Step, of_floor, seconds, times_faster
+from torch.distributed.checkpoint import FileSystemReader
 
 RANKS = 1024
 
@@ -31,6 +32,23 @@ def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
     bench.measure(
         Figure("open() of 1,024 ZeRO-3 ranks, warm", kind, "s", seconds, Goal(5)),
         Step("open", lambda: fastckpt.open(path)),
+        rounds=5,
+    )
+
+
+def bench_open_dcp(bench: Bench, folder: Path) -> None:
+    """open() of what FSDP 2 leaves of 64 ranks, which finds every box, against torch's reading of `.metadata`
+    alone."""
+    path = inputs.many_boxes(folder, 64)
+    bench.measure(
+        Figure(
+            "open() of 64 FSDP ranks, warm / torch's reading of .metadata",
+            "723 tensors, 46272 boxes",
+            "of torch's",
+            of_floor,
+        ),
+        Step("open", lambda: fastckpt.open(path)),
+        [Step("read_metadata", FileSystemReader(path).read_metadata)],
         rounds=5,
     )
 

@@ -6,9 +6,11 @@ python inputs.py fsdp OUT NBYTES           # its rows cut over two ranks, by tor
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -29,6 +31,14 @@ from fastckpt.views import View
 from real import make_zero
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from zero_writer import write_zero
 
 WORLD = 2
@@ -187,6 +197,33 @@ def many_ranks(folder: Path, world: int, frozen: int = 0) -> str:
         idle, names = list(weights)[:frozen], list(weights)[frozen:]
         groups = [names[::2], names[1::2]]
         write_zero(half, weights, stage=3, world=world, groups=groups, frozen=idle, sparse=True)
+        half.rename(path)
+    return str(path)
+
+
+def many_boxes(folder: Path, world: int) -> str:
+    """What FSDP 2 leaves of 723 tensors over `world` ranks: a DCP save whose boxes hold 64 bytes each."""
+    path = folder / f"boxes-{world}"
+    if not path.exists():
+        half = path.with_suffix(".partial")
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        size, shape = torch.Size([2, 8]), torch.Size([2 * world, 8])
+        ends, places, tensors = [0] * world, {}, {}
+        files = [(half / f"__{rank}_0.distcp").open("wb") for rank in range(world)]
+        for name in (f"model.layers.{k // 9}.x{k % 9}.weight" for k in range(723)):
+            chunks = []
+            for rank, file in enumerate(files):
+                at = torch.Size([2 * rank, 0])
+                torch.save(torch.full(size, float(rank)), held := io.BytesIO())
+                nbytes = file.write(held.getbuffer())
+                chunks.append(ChunkStorageMetadata(at, size))
+                places[MetadataIndex(name, at)] = _StorageInfo(f"__{rank}_0.distcp", ends[rank], nbytes)
+                ends[rank] += nbytes
+            tensors[name] = TensorStorageMetadata(TensorProperties(torch.float32), shape, chunks)
+        for file in files:
+            file.close()
+        (half / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, {}, places)))
         half.rename(path)
     return str(path)
 
