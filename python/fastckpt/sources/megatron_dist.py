@@ -148,7 +148,7 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str
 
 
 def _in_parts(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of `shape` is stored as the distributed optimizer did until megatron-core 0.15
+    """Whether a tensor of `shape` is stored as the distributed optimizer did up to megatron-core 0.15
     (fully_sharded_model_space): [parts of each axis.., elements of a part]."""
     parts = stored[:-1]
     fits = len(parts) == len(shape) and all(p and n % p == 0 for n, p in zip(shape, parts, strict=True))
