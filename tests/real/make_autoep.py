@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,7 +20,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gloo_rank import begin
+from gloo_rank import begin, free_port
 from safetensors.torch import save_file
 from torch import nn
 
@@ -141,10 +140,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(train, args=(a, port), nprocs=a.world, join=True)
+    mp.spawn(train, args=(a, free_port()), nprocs=a.world, join=True)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_rank import free_port
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
@@ -85,10 +85,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(train, args=(a.world, a.tp, a.tied, port, a.out), nprocs=a.world)
+    mp.spawn(train, args=(a.world, a.tp, a.tied, free_port(), a.out), nprocs=a.world)
 
 
 if __name__ == "__main__":

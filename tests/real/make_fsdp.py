@@ -10,7 +10,6 @@ truth.safetensors: fsdp2, hsdp (copies over two pairs of ranks), tp (tensor para
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from gloo_rank import free_port
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -92,7 +92,4 @@ def save(rank: int, world: int, port: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        free = s.getsockname()[1]
-    processes.spawn(save, (WORLD, free, Path(sys.argv[1])), nprocs=WORLD)
+    processes.spawn(save, (WORLD, free_port(), Path(sys.argv[1])), nprocs=WORLD)

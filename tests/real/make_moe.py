@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import socket
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,7 +22,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from gloo_rank import begin
+from gloo_rank import begin, free_port
 from safetensors.torch import save_file
 from torch import nn
 
@@ -118,9 +117,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     ranks = [mp.get_context("spawn").Process(target=train, args=(rank, a, port)) for rank in range(a.world)]
     for rank, process in enumerate(ranks):
         os.environ["PYTHONHASHSEED"] = str(a.seeds[rank % len(a.seeds)])

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_rank import free_port
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -142,10 +142,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(write, args=(a.model, port, a.out), nprocs=WORLD)
+    mp.spawn(write, args=(a.model, free_port(), a.out), nprocs=WORLD)
 
 
 if __name__ == "__main__":

@@ -248,8 +248,12 @@ def test_tied_pairs():
     with pytest.raises(RecipeError, match=r"yet model\.embed_tokens\.weight and lm_head\.weight are two"):
         recipe(hub | {head: torch.randn(208, 64)}, config)
     untied = config | {"tie_word_embeddings": False}
-    with pytest.raises(RecipeError, match=r"lm_head\.weight is not there and config's"):
+    with pytest.raises(RecipeError, match=r"lm_head\.weight is not there and config's .* is false$"):
         recipe(hub, untied)
+    with pytest.raises(
+        RecipeError, match=r"is false; score\.weight is: layout 'same' has such a model whole"
+    ):
+        recipe(hub | {"score.weight": torch.randn(1, 64)}, untied)
     aliased = recipe(hub, untied, aliases={head: table})
     assert not aliased.tied and (read(aliased.lm_head.weight) == bits(hub[table])).all()
 

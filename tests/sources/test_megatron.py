@@ -405,6 +405,10 @@ def _list(rank, state):
     state["model"]["more"] = [torch.zeros(3)]
 
 
+def _grouped(rank, state):
+    state["model"]["decoder.layers.0.mlp.experts.weight1"] = torch.zeros(64, 192)
+
+
 def _not_a_number(rank, state):
     state["checkpoint_version"] = float("nan")
 
@@ -426,6 +430,7 @@ def _no_layer(rank, state):
         broken(_add, "0/decoder.layers.0.mlp.extra.weight is no tensor of layout megatron"),
         broken(_old, "checkpoint_version 2.0: wanted 3.0"),
         broken(_nested, "the form of Megatron before its core"),
+        broken(_grouped, "experts.weight1: a rank's experts turned and in one, as GroupedMLP has them"),
         broken(_not_a_number, "checkpoint_version nan: wanted 3.0"),
         broken(_list, "more: holds a tensor, where a state dict has each under a name of its own"),
         broken(None, "tp 2 does not divide expert_tensor_parallel_size 1 \\* ep 1", num_experts=2,
@@ -552,26 +557,47 @@ def test_nothing_is_executed(tmp_path):
 # ---- torch_dist, written by torch's own DCP ----
 
 
-def test_masters_and_what_has_none(tmp_path):
+@pytest.mark.parametrize("form", ["fp32_param", "param"])
+def test_masters_and_what_has_none(tmp_path, form):
+    """`param` is the distributed optimizer's word (fully_reshardable), `fp32_param` that of the others."""
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
-    masters = {f"optimizer.state.fp32_param.{n}": x.float() + 2**-12 for n, x in keys.items()}
+    masters = {f"optimizer.state.{form}.{n}": exact(x) for n, x in keys.items()}
     bare = "embedding.word_embeddings.weight"
-    del masters[f"optimizer.state.fp32_param.{bare}"]
+    del masters[f"optimizer.state.{form}.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
     ckpt = fastckpt.open(dist(tmp_path, keys | masters | moments), config=made[0])
     assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
-    want = {n: x if "embed" in n else x.float() + 2**-12 for n, x in made[1].items()}
+    want = {n: x if "embed" in n else exact(x) for n, x in made[1].items()}
     holds(ckpt, want)
 
 
-def test_nemos_prefix_and_no_args(tmp_path):
+def exact(x):
+    """A master that rounds to `x`."""
+    return x.float() * (1 + 2**-12)
+
+
+def test_remainders_are_no_masters(tmp_path):
+    """What Transformer Engine keeps of a master whose upper half the weight is (store_param_remainders):
+    16 bits, which megatron-core saves as whole numbers in float32."""
     made = tiny.made("llama")
-    keys = {f"module.{n}": x for n, x in keys_of(tmp_path, made).items()}
+    keys = keys_of(tmp_path, made)
+    rests = {n: exact(x).view(torch.int32).to(torch.int16).float() for n, x in keys.items()}
+    root = dist(tmp_path, keys | {f"optimizer.state.param.{n}": x for n, x in rests.items()})
+    with pytest.raises(SourceError, match=r"was not rounded from it, .*--weights module"):
+        fastckpt.open(root, config=made[0])
+    holds(fastckpt.open(root, config=made[0], weights="module"), made[1])
+
+
+@pytest.mark.parametrize(("inside", "prefix"), [("weights", "module"), ("model_weights", "model")])
+def test_nemos_directories_and_no_args(tmp_path, inside, prefix):
+    """NeMo 2, and the unpacked archive of NeMo 1."""
+    made = tiny.made("llama")
+    keys = {f"{prefix}.{n}": x for n, x in keys_of(tmp_path, made).items()}
     masters = {f"optimizer.state.fp32_param.{n}": x.float() for n, x in keys.items()}
     root = dist(tmp_path, keys | masters, args=None)
     (tmp_path / "nemo").mkdir()
-    root.rename(tmp_path / "nemo" / "weights")
+    root.rename(tmp_path / "nemo" / inside)
     ckpt = fastckpt.open(tmp_path / "nemo", config=made[0])
     holds(ckpt, {n: x.float() for n, x in made[1].items()})
     assert "the checkpoint has no args" in ckpt.notes[0]

@@ -86,10 +86,14 @@ def test_an_archive_that_is_no_checkpoint_s_is_not_named(tmp_path):
 
 
 def test_what_is_known_of_other_programs_is_told(tmp_path):
+    (step := tmp_path / "run" / "7").mkdir(parents=True)
     for name, what in sources.UNREAD.items():
-        (tmp_path / name).write_text("{}")
-        refuses(tmp_path, f"{what}, which is not read")
-        (tmp_path / name).unlink()
+        (step / name).write_text("{}")
+        refuses(step, f"{what}, which is not read")
+        refuses(tmp_path, f"run/7 is {what}, which is not read")
+        (step / name).unlink()
+    (tmp_path / "llama.nemo").write_bytes(b"tar")
+    refuses(tmp_path / "llama.nemo", "an archive of NeMo's, which is not read: unpack it")
 
 
 @pytest.mark.parametrize(

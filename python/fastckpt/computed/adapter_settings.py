@@ -59,7 +59,10 @@ class Settings:
         """The settings in an adapter_config.json. Raises SourceError for what is not read."""
         config = peft.read_config(path)
         if config.get("peft_type") != "LORA":
-            raise SourceError(f"{path}: peft_type {config.get('peft_type')!r} is not read, only LORA is")
+            raise SourceError(
+                f"{path}: peft_type {config.get('peft_type')!r} is not read, only LORA is; PEFT's "
+                "merge_and_unload makes one model of those that can be merged"
+            )
         for key, value in config.items():
             if key not in READ | HARMLESS and value:
                 raise SourceError(

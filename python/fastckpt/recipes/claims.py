@@ -32,6 +32,9 @@ LARGEST = 1 << 53
 LEAVES = (".weight", ".bias")
 """What the tensors of a plain module are called below it."""
 
+_SCORES = ("score.weight", "classifier.weight", "value_head.weight", "v_head.summary.weight")
+"""What a reward model, a classifier or a critic has in place of the output layer."""
+
 BYTES = ("int8", "float8_e4m3fn")
 """The dtypes of a quantised matrix whose values are bytes; engines hold no fp8 but e4m3fn."""
 
@@ -464,8 +467,12 @@ def vocabulary(
     bias = rows(head_bias) if head_bias else None
     if not flag(config, "tie_word_embeddings", tied_default):
         if claims.missing(stored):
+            scores = next(
+                (f"; {n} is: layout 'same' has such a model whole" for n in _SCORES if n in claims), ""
+            )
             raise RecipeError(
-                f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is false"
+                f"{claims.ckpt.path}: {head}.weight is not there and config's tie_word_embeddings is "
+                f"false{scores}"
             )
         return want, table, Linear(head, rows(stored, hidden), bias, bias_name=head_bias), False
     if stored in claims and not _same_bytes(rows(stored, hidden), table.weight):

@@ -48,6 +48,7 @@ UNREAD = {
         "a checkpoint of nanotron (its examples/llama/convert_nanotron_to_hf.py makes it the hub's)"
     ),
     "_CHECKPOINT_METADATA": "a checkpoint of orbax (JAX)",
+    "manifest.ocdbt": "arrays of tensorstore (orbax, Levanter; JAX)",
     "flax_model.msgpack": "weights of Flax",
     "tf_model.h5": "weights of TensorFlow",
 }
@@ -133,19 +134,27 @@ def _refuse_absent(path: str) -> None:
 def _what_it_is(path: str) -> str:
     """What was recognised in something no source reads."""
     looked_for = ", ".join(filter(None, SOURCES.values()))
+    if path.endswith(".nemo"):
+        return "an archive of NeMo's, which is not read: unpack it (tar -xf) and open the directory"
     if not is_directory(path):
         return f"not a checkpoint file; looked for {looked_for}"
-    for name, what in UNREAD.items():
-        if is_file(os.path.join(path, name)):
-            return f"{what}, which is not read"
-    level = [""]
+    if (what := _other_program(path)) is not None:
+        return f"{what}, which is not read"
+    level, theirs = [""], None
     for _ in range(_DEPTH):
         level = [os.path.join(d, n) for d in level for n in _names_in(os.path.join(path, d))][:_MOST]
         inside = [n for n in level if _may_be(os.path.join(path, n))]
         if inside:
             more = ", ..." if len(inside) > 8 else ""
             return f"no checkpoint, but it holds some: {', '.join(inside[:8])}{more}; open one of them"
-    return f"no known checkpoint; looked for {looked_for}"
+        known = ((n, _other_program(os.path.join(path, n))) for n in level)
+        theirs = theirs or next((f"{n} is {what}, which is not read" for n, what in known if what), None)
+    return theirs or f"no known checkpoint; looked for {looked_for}"
+
+
+def _other_program(path: str) -> str | None:
+    """What is at `path`, where another program's checkpoint is."""
+    return next((what for name, what in UNREAD.items() if is_file(os.path.join(path, name))), None)
 
 
 def _may_be(path: str) -> bool:

@@ -31,8 +31,9 @@ from .torchfile import Tensor, TorchFile
 from .torchtensors import Opened, in_one_table, places, refuse_unread
 
 _FILE = "model_optim_rng.pt"
-_INSIDE = ((), ("weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
+_INSIDE = ((), ("weights",), ("model_weights",), ("dist_ckpt",), ("model", "dist_ckpt"))
 _CHUNK = re.compile(r"model(\d*)")
+_TURNED = re.compile(r".+\.mlp\.experts\.weight[12]")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXTRA = "_extra_state"
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -58,12 +59,12 @@ def read(path: str, options: Options) -> Checkpoint:
             return _ranks(path, directory, options)
     raise SourceError(
         f"{root}: no save of Megatron's that is read; wanted mp_rank_*/{_FILE} (--ckpt-format torch), or "
-        f"{megatron_dist.RECORD} beside {NAME} (torch_dist)"
+        f"{megatron_dist.RECORD} beside {NAME} (torch_dist; {NAME} alone is torch_dcp's or fsdp_dtensor's)"
     )
 
 
 def _places(root: str) -> Iterator[str]:
-    """Where a save may lie: here, in NeMo's `weights`, or where verl puts its model's."""
+    """Where a save may lie: here, in NeMo's `weights` or `model_weights`, or where verl puts its model's."""
     inside = [os.path.join(d, *names) for d in steps.models(root) for names in _INSIDE]
     return filter(is_directory, inside)
 
@@ -278,6 +279,11 @@ def _tensors(key: str, model: object, rest: list[str]) -> Iterator[tuple[str, Te
             rest.append(f"{_EXTRA}: Transformer Engine's own")
         elif name.startswith("mtp."):
             rest.append("mtp: multi-token prediction")
+        elif _TURNED.fullmatch(name):
+            raise SourceError(
+                f"{name}: a rank's experts turned and in one, as GroupedMLP has them (megatron-core 0.16 and "
+                "before, without Transformer Engine), are not read; --ckpt-format torch_dist saves them apart"
+            )
         elif isinstance(value, Tensor):
             yield name, value
         else:

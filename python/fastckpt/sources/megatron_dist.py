@@ -27,6 +27,7 @@ from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
+from .samples import difference
 from .steps import HUB
 from .torchfile import Reader
 
@@ -36,8 +37,10 @@ COMMON = "common.pt"
 """What is no tensor; 0.19 saves it as a value beside the tensors, under the key below."""
 _COMMON_STATE = "common_state/shard_0_1"
 
-_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.fp32_param\.(.+)")
+_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)")
 _NOT_THE_MODEL = re.compile(r"(?:chained_\d+\.)?optimizer\.|rng_state|rerun_state")
+_PREFIXES = ("module.", "model.")
+"""Of NeMo 2 and NeMo 1."""
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\.(?:weight|bias).*)")
 _HALF = re.compile(r"(.+\.linear_fc1\.(?:weight|bias))_([wv])")
@@ -67,14 +70,18 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
     with naming(where):
         found = metadata(where, nbytes(root))
         step, args = _common(root, found, options)
-        keys, notes, unread = _chosen(found, options)
-    extents, rows, digests, files = located(found, keys.values(), (root, *options.also), options.check_crc)
+        keys, copies, notes, unread = _chosen(found, options)
+    wanted = [*keys.values(), *copies.values()]
+    extents, rows, digests, files = located(found, wanted, (root, *options.also), options.check_crc)
     table = Extents(extents)
-    stacks = {
-        name: boxes(table, found.tensors[key].dtype, found.tensors[key].shape, rows[key])
-        for name, key in keys.items()
-    }
+
+    def views(keys: Mapping[str, str]) -> dict[str, View]:
+        tensors = {name: found.tensors[key] for name, key in keys.items()}
+        return {name: boxes(table, t.dtype, t.shape, rows[t.key]) for name, t in tensors.items()}
+
+    stacks = views(keys)
     with naming(where):
+        _check_masters(views(copies), stacks)
         entries = {name: Single.of(view) for name, view in _named(stacks).items()}
     search = [os.path.join(at, name) for at in (root, os.path.dirname(root)) for name in ("", HUB)]
     return assemble(
@@ -102,13 +109,15 @@ def _common(root: str, found: Metadata, options: Options) -> tuple[int | None, d
     return step if isinstance(step, int) else None, args
 
 
-def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str], list[str]]:
-    """(name -> key of its tensor, notes, what is not read): a master where there is one and it is wanted.
+def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str, str], list[str], list[str]]:
+    """(name -> key of its tensor, name -> key of its 16-bit copy, notes, what is not read): a master where
+    there is one and it is wanted.
 
-    Masters have their tensor's name where the optimizer is saved in the model's form, and none where it is
-    saved as buckets (dp_reshardable, dp_zero_gather_scatter)."""
+    Masters have their tensor's name where the optimizer is saved in the model's form (`param` in the
+    distributed optimizer's, `fp32_param` in others'), and none where it is saved as buckets (dp_reshardable,
+    dp_zero_gather_scatter)."""
     model = [key for key in found.tensors if not _NOT_THE_MODEL.match(key)]
-    prefix = "module." if model and all(key.startswith("module.") for key in model) else ""  # NeMo's
+    prefix = next((p for p in _PREFIXES if model and all(key.startswith(p) for key in model)), "")
     keys = {key.removeprefix(prefix): key for key in model}
     left = [name for name in keys if name.startswith("mtp.")]
     unread = [f"{name}: multi-token prediction" for name in left]
@@ -120,8 +129,8 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str
     unread += [f"{rest} values beside the model's tensors (optimizer, extra states and the like)"]
     narrow = [name for name, key in keys.items() if found.tensors[key].dtype.itemsize == 2]
     if options.weights == "module":
-        return keys, [], unread
-    notes = []
+        return keys, {}, [], unread
+    notes, copies = [], {}
     if bare := [name for name in narrow if name not in masters]:
         why = "its optimizer's copies have no names" if len(bare) == len(narrow) else f"such as {bare[0]}"
         notes = [f"no fp32 copy of {len(bare)} tensors, which are taken in 16 bits: {why}"]
@@ -132,8 +141,18 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], list[str
                 f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}: flattened masters are not "
                 "read; weights='module' (--weights module) takes the 16-bit copy"
             )
-        keys[name] = masters[name]
-    return keys, notes, unread
+        copies[name], keys[name] = keys[name], masters[name]
+    return keys, copies, notes, unread
+
+
+def _check_masters(copies: Mapping[str, View], masters: Mapping[str, View]) -> None:
+    """Raises SourceError for masters that are not what their copies were rounded from: an optimizer may keep
+    only what rounding lost (store_param_remainders), and weights may be of 8 bits."""
+    if found := difference(copies, masters):
+        raise SourceError(
+            f"{found}: it was not rounded from it, as with use_precision_aware_optimizer or fp8 weights; "
+            "weights='module' (--weights module) takes the copies"
+        )
 
 
 def _named(stacks: Mapping[str, View]) -> dict[str, View]:
