@@ -20,13 +20,6 @@ from safetensors.torch import load_file, save_file
 from zero_writer import write_zero
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plans_kept_here(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
-        yield
-
-
 def hub_of(path, made):
     """A hub directory of a tiny model, its config and its tensors."""
     config, files, _ = made
