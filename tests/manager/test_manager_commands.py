@@ -242,6 +242,8 @@ def test_publish_as_reshard_does(root: Path, tmp_path: Path) -> None:
 def test_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(ManagerError, match="holds no commits"):
         call("publish", tmp_path, "--to", tmp_path / "served")
+    with pytest.raises(ManagerError, match="holds no commits"):  # proves nothing
+        call("verify", tmp_path)
 
 
 @pytest.mark.parametrize(

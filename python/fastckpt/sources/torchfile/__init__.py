@@ -102,7 +102,7 @@ def load(
             raise SourceError(
                 "a tar file of torch before 0.1.10; torch.load and torch.save it again to convert it"
             )
-        raise SourceError(f"no torch file: it starts with {head[:8]!r}")
+        raise SourceError(f"no torch file: it {f'starts with {head[:8]!r}' if head else 'has 0 bytes'}")
 
 
 @dataclass(frozen=True, slots=True)
