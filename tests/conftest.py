@@ -40,6 +40,14 @@ def version(package: str) -> str | None:
         return None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plans_kept_here(tmp_path_factory):
+    """Plans are kept for the tests that run now, and not among the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
     """(folder, name) -> where what tests/fixtures/FOLDER/NAME.tar.xz holds lies."""

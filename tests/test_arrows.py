@@ -236,7 +236,7 @@ WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
     "sources/torchfile": (
         ("inert", "zipentries"),
         ("picklemachine", "torchzip"),
-        ("inertpickle",),
+        ("inertpickle", "forms"),
         ("torchpickle",),
         ("__init__",),
     ),

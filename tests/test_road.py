@@ -46,13 +46,6 @@ READERS = [pytest.param(Mapped, marks=COMPILED), Positioned]
 LAYOUTS = {"hf": oracle.hf, "vllm": oracle.vllm, "rtp_llm": oracle.rtp_llm}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def plans_kept_here(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTCKPT_CACHE", str(tmp_path_factory.mktemp("plans")))
-        yield
-
-
 def zero(path, name, *, stage=3, world=3, **more):
     """A ZeRO checkpoint of a tiny model with its config beside, and what its weights are."""
     config, files, _ = tiny.made(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -472,6 +473,16 @@ def test_demo(run, tmp_path, monkeypatch):
     ):
         code, _, err = run("demo", "--keep", tmp_path / keep)
         assert code == 4 and said in err
+
+
+def test_demo_on_a_full_disk(run, tmp_path, monkeypatch):
+    def write(self, path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(demo.Llama, "write", write)
+    code, out, err = run("demo", "--size", "1MB", "--keep", tmp_path / "kept")
+    assert (code, out) == (4, "")
+    assert err == f"fastckpt: error: {tmp_path}/kept/checkpoint: No space left on device\n"
 
 
 @pytest.mark.parametrize("victim", ["whole/model.safetensors", "vllm/model-rank-2-part-0.safetensors"])

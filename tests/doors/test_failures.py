@@ -187,6 +187,14 @@ def test_a_closed_stdout_is_no_mismatch(source, tmp_path):
     assert cli.main(["verify", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize("words", ["recipes", "doctor --json"])
+def test_a_full_stdout_is_named(words):
+    command = f'"{sys.executable}" -m fastckpt {words} >/dev/full'
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    said = "standard output: No space left on device"
+    assert done.returncode == 4 and said in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_full_stderr_keeps_the_exit_code(tmp_path):
     command = f'"{sys.executable}" -m fastckpt inspect "{tmp_path / "none"}" 2>/dev/full'
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 3

@@ -242,7 +242,7 @@ def test_one_scale_of_what_is_joined(scheme, tp, ep):
 
 
 @pytest.mark.parametrize("count", [0, 3])
-@pytest.mark.parametrize("scheme", list(quantised.CONFIGS))
+@pytest.mark.parametrize("scheme", [*quantised.CONFIGS, *quantised.PACKED])
 def test_the_hub_gets_back_what_it_has(scheme, count):
     model, t = model_of(scheme, count)
     same(shard(layout("hf").targets(model, Placement())), t)

@@ -372,6 +372,11 @@ def test_sizes(text: str | int, nbytes: int | None) -> None:
         assert parse_size(text) == nbytes
 
 
+def test_a_size_says_whose_it_is() -> None:
+    with pytest.raises(LayoutError, match=r"^max_shard_size '0': wanted a number of bytes from 1 on"):
+        split([], "0", hub_names)
+
+
 def test_slots_say_where_tensors_lie(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(5.0), "b": torch.arange(3)}
     layout = safetensors_layout("x", [spec(*t) for t in tensors.items()], {})

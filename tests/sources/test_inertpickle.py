@@ -15,7 +15,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from fastckpt.errors import SourceError
-from fastckpt.sources.torchfile import inertpickle, picklemachine
+from fastckpt.sources.torchfile import inert, inertpickle, picklemachine
 from fastckpt.sources.torchfile.inert import Inert
 from fastckpt.sources.torchfile.inertpickle import parse
 from fastckpt.sources.torchfile.picklemachine import Short
@@ -256,6 +256,15 @@ def test_refused(name: str) -> None:
     with pytest.raises(SourceError, match=match) as e:
         parse(data)
     assert str(e.value).startswith("pickle")
+
+
+def test_a_tree_may_have_as_many_values_as_its_pickle_has_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a save of thousands of ranks needs; what is written once and shared may not grow alike."""
+    monkeypatch.setattr(inert, "MAX_NODES", 64)
+    written = [[k, k + 1, k + 2] for k in range(256, 512)]
+    assert parse(pickle.dumps(written, 2)).root == written
+    with pytest.raises(SourceError, match="unfolds"):
+        parse(pickle.dumps([written[0]] * 1024, 2))
 
 
 BOMBS = {

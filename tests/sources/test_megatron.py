@@ -364,7 +364,9 @@ def test_a_users_own_recipe(tmp_path):
     at.mkdir(parents=True)
     said = argparse.Namespace(apply_layernorm_1p=True)
     torch.save({"args": said, "checkpoint_version": 3.0, "model": held}, at / "model_optim_rng.pt")
-    holds(fastckpt.open(tmp_path / "run", config=config, recipe=str(path)), hub)
+    found = fastckpt.open(tmp_path / "run", config=config, recipe=str(path))
+    holds(found, hub)
+    assert found.recipe == str(path)  # which is asked for no more to cut it
 
 
 def broken(change, told, **args):

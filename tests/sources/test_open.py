@@ -59,6 +59,8 @@ def test_nothing_known(tmp_path):
     )
     (tmp_path / "x.txt").write_text("x")
     refuses(tmp_path / "x.txt", "not a checkpoint file; looked for")
+    (tmp_path / "x.pt").write_bytes(b"")
+    refuses(tmp_path / "x.pt", "not a checkpoint file (it has 0 bytes); looked for")
 
 
 def test_a_directory_of_checkpoints_names_them(tmp_path):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from fastckpt import stored
 from fastckpt.errors import SourceError
-from fastckpt.extents import Extents
+from fastckpt.extents import Extents, File
 from fastckpt.sources import torchfile
 from fastckpt.sources.torchfile import Inert, Tensor, torchzip, zipentries
 from hostile import torch_files as make
@@ -184,6 +184,36 @@ def test_known_pickles_are_parsed_once(tmp_path: Path) -> None:
     for k, f in enumerate(files):
         assert make.elements(f, f.root["w"]).tolist() == [k] * 5  # type: ignore[index]
     assert len({f.digest for f in files}) == 3
+
+
+def embedded(file: File, at: int, nbytes: int, known: torchfile.Known) -> str:
+    """What a zip within a file is found to be, or why it is none, in words."""
+    with torchfile.Reader(file) as reader:
+        try:
+            return repr(torchfile.embedded(reader, at, nbytes, check_crc=False, known=known))
+        except SourceError as e:
+            return str(e)
+
+
+def test_a_zip_held_against_another_is_what_it_is_by_itself(tmp_path: Path) -> None:
+    """Any byte of it changed: no change may go unseen because a like one was read before."""
+    zips = []
+    for seed in (1, 2):
+        torch.save(torch.randn(3, generator=torch.Generator().manual_seed(seed)), held := io.BytesIO())
+        zips.append(held.getvalue())
+    first, second = zips
+    n, path = len(first), tmp_path / "0_0.distcp"
+    changed = [second[:i] + bytes([b ^ 0x15]) + second[i + 1 :] for i, b in enumerate(second)]
+    with zipfile.ZipFile(io.BytesIO(second)) as held_zip:
+        crc = held_zip.getinfo("archive/data/0").CRC.to_bytes(4, "little")
+    changed.append(second.replace(crc, bytes(4)))  # as if there were no checksum
+    path.write_bytes(first + b"".join(changed))
+    file, known = File.at(path), torchfile.Known()
+    embedded(file, 0, n, known)
+    short = [embedded(file, i * n, n, known) for i in range(1, n + 2)]
+    assert short == [embedded(file, i * n, n, torchfile.Known()) for i in range(1, n + 2)]
+    assert sum(found.startswith("TorchFile") for found in short) > 12, "changed values are other values"
+    assert {len(forms) for forms in known.forms.values()} <= {0, torchfile._FORMS}
 
 
 def test_digest_tells_files_apart_and_equal_files_alike(tmp_path: Path) -> None:

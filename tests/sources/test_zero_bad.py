@@ -62,6 +62,11 @@ def test_a_tag_that_is_not_there(tmp_path):
     refuses(tmp_path, "latest: ", "can't decode byte 0xff")
 
 
+def test_a_file_without_a_byte(tmp_path):
+    model(written(tmp_path), 0).write_bytes(b"")
+    refuses(tmp_path, "_model_states.pt: no torch file: it has 0 bytes")
+
+
 def test_several_models_of_one_save(tmp_path):
     """As accelerate saves them: DeepSpeed's `latest` then names the last of them, not a later step."""
     for tag in ("pytorch_model", "pytorch_model_1"):

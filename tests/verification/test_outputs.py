@@ -311,6 +311,11 @@ def test_nonfinite_values_are_problems(tmp_path: Path, allowed: bool) -> None:
 def test_a_plain_directory(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such directory"):
         verify(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"^'': no such directory"):
+        verify("")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match="file: is no directory, as an output is"):
+        verify(tmp_path / "file")
     with pytest.raises(SourceError, match=r"no fastckpt.json, no \*.safetensors"):
         verify(tmp_path)
     a, b = {"a": torch.ones(3, 4)}, {"b": torch.ones(5, dtype=torch.bfloat16), "empty": torch.ones(0, 2)}

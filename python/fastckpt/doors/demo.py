@@ -45,14 +45,17 @@ def demo(nbytes: int, keep: str | None, *, as_json: bool = False) -> int:
         if os.listdir(keep):
             raise WriteError(f"{keep}: not empty; name a new directory")
     except OSError as e:
-        raise WriteError(f"{keep}: {e.strerror}") from None
+        raise WriteError(f"{keep or repr(keep)}: {e.strerror}") from None
     return _demo(nbytes, keep, as_json)
 
 
 def _demo(nbytes: int, folder: str, as_json: bool) -> int:
     source, vllm, hf, whole = (os.path.join(folder, n) for n in ("checkpoint", "vllm", "hf", "whole"))
     model = Llama.of(nbytes)
-    model.write(source)
+    try:
+        model.write(source)
+    except OSError as e:
+        raise WriteError(f"{e.filename or source}: {e.strerror}") from None
     commands = (
         ["inspect", source],
         ["plan", source, "--tp", "4", "--rank", "3", "--layout", "vllm", "--dtype", "bfloat16"],

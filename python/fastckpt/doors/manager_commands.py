@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from ..manager.manager import CheckpointManager
 
     if "://" not in args.root and not os.path.exists(args.root):  # a manager would make it
-        raise SourceError(f"{args.root}: no such directory")
+        raise SourceError(f"{args.root or repr(args.root)}: no such directory")
     keep_best = getattr(args, "keep_best", None)
     with CheckpointManager(
         args.root,
@@ -138,6 +138,8 @@ def _verify(manager: CheckpointManager, args: argparse.Namespace) -> int:
     from ..verification.outputs import verify
 
     steps = manager.listed() if args.step is None else [args.step]
+    if not steps:
+        raise _no_commits(manager)
     lines: list[str] = []
     shown: list[JSON] = []
     bad = 0
@@ -209,9 +211,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         if args.dry_run:
             raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
         if given := [f"--{name}" for name in ("step", "part", "keep") if getattr(args, name) is not None]:
-            raise FastckptError(
-                f"--back {args.back}: moves a link alone, makes or removes none; got {', '.join(given)} too"
-            )
+            raise FastckptError(f"--back {args.back}: moves a link alone; leave out {', '.join(given)}")
     if args.dry_run:
         step = _step(manager, args)
         source = publishing.model_of(manager.open(step, 0), args.part)
@@ -245,8 +245,12 @@ def _show_plan(args: argparse.Namespace, planned: Plan) -> int:
 def _step(manager: CheckpointManager, args: argparse.Namespace) -> int:
     step: int | None = manager.latest() if args.step is None else args.step
     if step is None:
-        raise ManagerError(f"{manager.root}: holds no commits")
+        raise _no_commits(manager)
     return step
+
+
+def _no_commits(manager: CheckpointManager) -> ManagerError:
+    return ManagerError(f"{manager.root}: holds no commits")
 
 
 _ACTIONS = {"ls": _ls, "verify": _verify, "gc": _gc, "restore": _restore, "publish": _publish}

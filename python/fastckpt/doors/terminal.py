@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import WriteError
 from .text import harmless
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ INTERVAL = 0.2
 
 
 def show(args: argparse.Namespace, text: Callable[[], str], as_json: Callable[[], JSON]) -> None:
-    """Print a result as `--json` and `--quiet` ask."""
-    if args.json:
-        print(json.dumps(as_json(), indent=2))
-    elif not args.quiet:
-        print(harmless(text()))
+    """Print a result as `--json` and `--quiet` ask. Raises WriteError where standard output takes none."""
+    if args.quiet and not args.json:
+        return
+    told = json.dumps(as_json(), indent=2) if args.json else harmless(text())
+    try:
+        print(told, flush=True)
+    except BrokenPipeError:  # no fault of ours, nor the user's
+        raise
+    except OSError as e:
+        raise WriteError(f"standard output: {e.strerror}") from None
 
 
 @contextmanager

@@ -295,7 +295,7 @@ def split(
     total = sum(sizes)
     if max_shard_size is None:
         return Split((Group(name(0, 1), specs, dict(aliases)),), total)
-    limit = parse_size(max_shard_size)
+    limit = parse_size(max_shard_size, "max_shard_size")
     groups: list[list[int]] = []
     current: list[int] = []
     held = 0
@@ -324,14 +324,16 @@ def split(
 _UNITS = {u + s: b**k for k, u in enumerate("KMGT", 1) for s, b in (("B", 1000), ("IB", 1024))}
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes of "5GB" (10^9, as huggingface_hub), "5GiB" (2^30) or a number. Raises LayoutError."""
+def parse_size(size: str | int, of: str = "size") -> int:
+    """Bytes of "5GB" (10^9, as huggingface_hub), "5GiB" (2^30) or a number; `of`: whose they are. Raises
+    LayoutError."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(found[2].upper()) if found and found[2] else 1
     nbytes = float(found[1]) * unit if found and unit else 0
     if not 1 <= nbytes < 1 << 62:
         raise LayoutError(
-            f"size {size!r}: wanted a number of bytes, or one with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            f"{of} {size!r}: wanted a number of bytes from 1 on, or one with KB, MB, GB, TB, KiB, MiB, GiB, "
+            "TiB"
         )
     return int(nbytes)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..checkpoint import JSON
 from ..dtypes import DType
 from ..errors import WriteError
+from ..views import dense_strides
 from .files import Spec
 
 _BATCH = 1000
@@ -190,7 +191,7 @@ class _Pickle:
         self.put()
         self.out += b"QK\x00"
         self.integers(shape)
-        self.integers([math.prod(max(n, 1) for n in shape[a + 1 :]) for a in range(len(shape))])
+        self.integers(dense_strides([max(n, 1) for n in shape]))
         self.out += b"\x89"
         self.glob("collections", "OrderedDict")
         self.out += b")R"

@@ -45,7 +45,7 @@ class Limits:
         count = workers(threads)
         if memory is None:
             return Limits(count, band(count))
-        budget = parse_size(memory)
+        budget = parse_size(memory, "memory")
         spare = budget - FIXED_MEMORY
         if spare < 2 * LEAF:
             raise WriteError(

@@ -137,7 +137,8 @@ def _what_it_is(path: str) -> str:
     if path.endswith(".nemo"):
         return "an archive of NeMo's, which is not read: unpack it (tar -xf) and open the directory"
     if not is_directory(path):
-        return f"not a checkpoint file; looked for {looked_for}"
+        empty = " (it has 0 bytes)" if os.path.getsize(path) == 0 else ""
+        return f"not a checkpoint file{empty}; looked for {looked_for}"
     if (what := _other_program(path)) is not None:
         return f"{what}, which is not read"
     level, theirs = [""], None

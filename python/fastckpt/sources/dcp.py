@@ -25,7 +25,7 @@ from . import torchfile
 from .assembly import WRAPPERS, Boxed, assemble
 from .dcp_metadata import Metadata, Sizes, metadata
 from .options import Options
-from .torchfile import Reader, Tensor, Tree, type_name
+from .torchfile import Reader, Tensor, type_name
 
 NAME = ".metadata"
 SUFFIX = ".distcp"
@@ -156,7 +156,7 @@ def located(
             wanted.setdefault(place.file, []).append((place.offset, place.nbytes, key, at, size))
     extents: list[Extent] = []
     digests, files = [], []
-    known: dict[bytes, Tree] = {}
+    known = torchfile.Known()
     for name in sorted(wanted):
         file = File.at(_file(name, directories))
         files.append(file)

@@ -103,7 +103,7 @@ def _common(root: str, found: Metadata, options: Options) -> tuple[int | None, d
         file = File.at(os.path.join(root, place.file))
         with Reader(file) as reader:
             held = torchfile.embedded(
-                reader, place.offset, place.nbytes, check_crc=options.check_crc, known={}
+                reader, place.offset, place.nbytes, check_crc=options.check_crc, known=torchfile.Known()
             ).root
         state = held[0] if isinstance(held, list) and len(held) == 1 else held
     args = args_of(state)

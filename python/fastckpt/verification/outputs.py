@@ -84,7 +84,8 @@ def verify(
 
         engine = engine_of(engine)
     if not is_directory(root):
-        raise SourceError(f"{root}: no such directory")
+        what = "is no directory, as an output is" if os.path.exists(root) else "no such directory"
+        raise SourceError(f"{root or repr(root)}: {what}")
     seen = _Seen(root)
     seen.present = sorted(_walk(seen))
     if NAME in seen.present:

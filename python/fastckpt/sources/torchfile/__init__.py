@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -22,6 +22,7 @@ from ...extents import Extent, File
 from ...paths import content, is_file
 from ..assembly import sampled
 from . import inertpickle, torchpickle
+from .forms import Form, digest
 from .inert import Inert, type_name
 from .picklemachine import Short
 from .torchpickle import Storage, Tensor, Tree, Wanted
@@ -29,6 +30,7 @@ from .torchzip import LOCAL, Directory, Reader, require_crc
 
 __all__ = [
     "Inert",
+    "Known",
     "Reader",
     "Storage",
     "Tensor",
@@ -42,8 +44,11 @@ __all__ = [
     "type_name",
 ]
 
-MAX_PICKLE = 256 << 20
+MAX_PICKLE = 1 << 30
 """The longest pickle, in bytes."""
+
+_FORMS = 16
+"""The most forms of zips of one size that are told apart."""
 
 _HEAD = 16 << 10
 _MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # LONG1 0x1950a86a20f9469cfc6c and STOP
@@ -97,21 +102,39 @@ def load(
             raise SourceError(
                 "a tar file of torch before 0.1.10; torch.load and torch.save it again to convert it"
             )
-        raise SourceError(f"no torch file: it starts with {head[:8]!r}")
+        raise SourceError(f"no torch file: it {f'starts with {head[:8]!r}' if head else 'has 0 bytes'}")
 
 
-def embedded(
-    reader: Reader, offset: int, nbytes: int, *, check_crc: bool, known: MutableMapping[bytes, Tree]
-) -> TorchFile:
-    """The torch zip that `nbytes` from `offset` of an open file are; the rest as in `load`.
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was read of one save's zips so far: trees by their pickles, and by their sizes the zips that the
+    next ones are held against."""
+
+    trees: dict[bytes, Tree] = field(default_factory=dict)
+    forms: dict[int, list[tuple[Form, TorchFile]]] = field(default_factory=dict)
+
+
+def embedded(reader: Reader, offset: int, nbytes: int, *, check_crc: bool, known: Known) -> TorchFile:
+    """The torch zip that `nbytes` from `offset` of an open file are; the rest as in `load`. One of a form
+    that is `known` shares the root of the first.
 
     Raises SourceError, which does not name the path."""
     window = reader.window(offset, nbytes)
+    forms = known.forms.setdefault(nbytes, [])
+    for form, first in forms if not check_crc else ():
+        if (told := form.digest(window)) is not None:
+            (of,) = first.extents
+            extent = Extent(reader.file, window.begin + len(form.head), of.nbytes, of.key)
+            return TorchFile(first.root, reader.file, (extent,), first.inert, told, first.saved_as)
     head = window.read(0, min(nbytes, 10))
     if not head.startswith(LOCAL):
         what = " (safetensors, SerializationFormat.SAFETENSORS)" if head[8:] == b'{"' else ""
         raise SourceError(f"no torch file: it starts with {head!r}{what}")
-    return _load_zip(window, check_crc, None, known)
+    found = _load_zip(window, check_crc, None, known.trees)
+    if len(found.extents) == 1 and len(forms) < _FORMS:
+        learned = Form.of(window, found.extents[0])
+        forms += [(learned, found)] if learned else []
+    return found
 
 
 def pickled(path: str, *, save: int) -> tuple[object, str]:
@@ -173,12 +196,11 @@ def _load_zip(
             directory.check_crc(name, record, offset)
         extents.append(Extent(reader.file, reader.begin + offset, s.nbytes, s.key))
         summed &= record.crc != 0 or record.size == 0
-    digest = xxhash.xxh3_64(data)
-    digest.update(directory.digest.encode())
+    told = digest(data, directory.digest)
     if not summed:
-        digest.update(sampled(extents).encode())
+        told.update(sampled(extents).encode())
     saved_as = top[:-1].decode(errors="replace")
-    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, digest.hexdigest(), saved_as)
+    return TorchFile(tree.root, reader.file, tuple(extents), tree.inert, told.hexdigest(), saved_as)
 
 
 def _check_byteorder(reader: Reader, directory: Directory, name: bytes) -> None:

@@ -11,7 +11,8 @@ MAX_DEPTH = 200
 """The deepest nesting of containers in the finished tree."""
 
 MAX_NODES = 1 << 24
-"""The most values in the finished tree, a shared part counted each time it is reached."""
+"""The most values in the finished tree of a pickle that has fewer bytes, a shared part counted each time it
+is reached."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,42 +29,49 @@ class Inert:
     items: list[object] = field(default_factory=list)
 
 
-_CONTAINERS = (list, dict, tuple, Inert)
+_CONTAINERS = frozenset({list, dict, tuple, Inert})
+"""The types of what holds values; nothing of a type made from these is in a tree."""
 
-_LARGE = 1 << 10
+_EMPTY = 1, 1
+"""(values, depth) of an empty container."""
+
+_LARGE = 1 << 6
 """Values in a part whose size is remembered: a smaller one is counted again each time it is reached."""
 
 
-def check_tree(root: object) -> None:
-    """Refuses a tree that contains itself, is too deep, or too large when walked without a memory."""
-    if isinstance(root, _CONTAINERS):
-        _measure(root, set(), {})
+def check_tree(root: object, nbytes: int) -> None:
+    """Refuses the tree of a pickle of `nbytes` that contains itself, is too deep, or too large when walked
+    without a memory."""
+    if type(root) in _CONTAINERS:
+        _measure(root, max(MAX_NODES, nbytes), set(), {})
 
 
-def _measure(node: object, path: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _measure(node: object, most: int, path: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """(values, depth) of a container, each shared part counted as often as it is reached."""
-    if (found := known.get(id(node))) is not None:
-        return found
-    if id(node) in path:
+    here = id(node)
+    if here in known:
+        return known[here]
+    if here in path:
         raise SourceError("pickle: a value contains itself")
     if len(path) == MAX_DEPTH:
         raise SourceError(f"pickle: values are nested deeper than {MAX_DEPTH}")
-    path.add(id(node))
+    path.add(here)
     nodes, depth = 1, 0
     for part in _parts(node):
-        if isinstance(part, _CONTAINERS):
-            inner = _measure(part, path, known)
-            nodes += inner[0]
-            depth = max(depth, inner[1])
+        if type(part) not in _CONTAINERS:
+            nodes += 1
+            continue
+        inner = _measure(part, most, path, known) if part else _EMPTY
+        nodes += inner[0]
+        if inner[1] > depth:
+            depth = inner[1]
             if len(path) + depth > MAX_DEPTH:
                 raise SourceError(f"pickle: values are nested deeper than {MAX_DEPTH}")
-        else:
-            nodes += 1
-        if nodes > MAX_NODES:
-            raise SourceError(f"pickle: it unfolds to more than {MAX_NODES} values")
-    path.remove(id(node))
+        if nodes > most:
+            raise SourceError(f"pickle: it unfolds to more than {most} values")
+    path.remove(here)
     if nodes >= _LARGE:
-        known[id(node)] = nodes, depth + 1
+        known[here] = nodes, depth + 1
     return nodes, depth + 1
 
 

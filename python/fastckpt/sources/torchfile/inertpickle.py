@@ -4,8 +4,9 @@ Law: the result holds None, bool, int, float, str, bytes, list, dict, tuple, set
 what the caller's own tables make, nothing else. Every global the tables do not know becomes an Inert;
 calling it, building it or filling it only writes down what the pickle said.
 
-The finished tree has no cycles, is at most `inert.MAX_DEPTH` deep and MAX_NODES large with every shared part
-counted as often as it is reached, so a plain recursive walk of it ends.
+The finished tree has no cycles, is at most `inert.MAX_DEPTH` deep and, with every shared part counted as
+often as it is reached, not larger than the pickle has bytes, or MAX_NODES: so a plain recursive walk of it
+ends.
 
 Source of the opcodes: CPython's pickletools (protocols 0 to 5).
 """
@@ -59,7 +60,7 @@ def parse(
     machine = Machine(data, start, values or {}, calls or {}, persistent, file or len(data) - start)
     machine.record_keys = record_keys
     root = _run(machine)
-    check_tree(root)
+    check_tree(root, machine.pos - start)
     return Parsed(root, machine.pos, frozenset(machine.bare))
 
 
@@ -94,6 +95,14 @@ def _run_some(m: Machine, until: int) -> bool:
                     m.pos = pos
                     m.put(index)
                     fetched = m.fetched
+            elif op == _MEMOIZE:
+                index = m.stored
+                if index < len(fetched) and not fetched[index] and stack and not m.apart:
+                    m.stored += 1
+                else:
+                    m.pos = pos
+                    m.memoize()
+                    fetched = m.fetched
             elif op == _BINGET:
                 index = data[pos]
                 pos += 1
@@ -108,7 +117,7 @@ def _run_some(m: Machine, until: int) -> bool:
             elif op == _MARK:
                 m.outer.append(stack)
                 stack = m.stack = []
-            elif op == _REDUCE:
+            elif op in _CALLS:
                 args = stack.pop()
                 m.pos = pos
                 stack[-1] = m.call(stack[-1], args)
@@ -136,6 +145,12 @@ def _run_some(m: Machine, until: int) -> bool:
                 m.left -= 32
                 stack.append(_I4(data, pos)[0])
                 pos += 4
+            elif op == _EMPTY_TUPLE:
+                stack.append(())
+            elif op == _EMPTY_DICT:
+                m.pos = pos
+                m.spend(64)
+                stack.append({})
             elif op == _STOP:
                 m.pos = pos
                 return True
@@ -284,11 +299,6 @@ def _stack_global(m: Machine) -> None:
     m.stack.append(m.find(module, name))
 
 
-def _newobj(m: Machine) -> None:
-    args, function = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.call(function, args))
-
-
 def _newobj_ex(m: Machine) -> None:
     kwargs, args, cls = m.stack.pop(), m.stack.pop(), m.stack.pop()
     if not isinstance(args, tuple) or not isinstance(kwargs, dict):
@@ -340,10 +350,11 @@ def _proto(m: Machine) -> None:
         raise m.wrong(f"protocol {version}; known are 0 to 5")
 
 
-_STOP, _MARK, _REDUCE = ord("."), ord("("), ord("R")
+_STOP, _MARK, _MEMOIZE = ord("."), ord("("), 0x94
+_CALLS = ord("R"), 0x81  # REDUCE and NEWOBJ
 _BININT, _BININT1, _BINUNICODE = ord("J"), ord("K"), ord("X")
 _LONG_BINPUT, _BINGET, _LONG_BINGET = ord("r"), ord("h"), ord("j")
-_TUPLE, _TUPLE1, _TUPLE2 = ord("t"), 0x85, 0x86
+_TUPLE, _TUPLE1, _TUPLE2, _EMPTY_TUPLE, _EMPTY_DICT = ord("t"), 0x85, 0x86, ord(")"), ord("}")
 
 _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
     # opcode: (bytes of objects it makes that last, at most; what it does)
@@ -376,10 +387,8 @@ _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
     ord("a"): (32, _append),  # the first item of a list makes room for four
     ord("e"): (0, _appends),
     ord("l"): (64, _list),
-    ord(")"): (0, lambda m: m.stack.append(())),
     ord("t"): (0, lambda m: m.items().clear()),  # where no mark is open, which it says
     0x87: (80, _tuple3),
-    ord("}"): (64, lambda m: m.stack.append({})),
     ord("d"): (232, _dict),
     ord("s"): (168, _setitem),  # the first item of a dict makes its table
     ord("u"): (168, _setitems),
@@ -389,13 +398,11 @@ _HANDLERS: dict[int, tuple[int, Callable[[Machine], None]]] = {
     ord("g"): (0, lambda m: m.get(_text_number(m))),
     ord("p"): (0, _put),
     ord("q"): (0, lambda m: m.put(m.number(1))),
-    0x94: (0, Machine.memoize),
     ord("c"): (0, _global),
     0x93: (0, _stack_global),
     ord("b"): (0, Machine.build),
     ord("i"): (0, _inst),
     ord("o"): (0, _obj),
-    0x81: (0, _newobj),
     0x92: (0, _newobj_ex),
     ord("P"): (0, lambda m: _persistent(m, m.text(m.line()))),
     ord("Q"): (0, lambda m: _persistent(m, m.stack.pop())),

@@ -67,7 +67,7 @@ class Machine:
     The memo keeps only what a GET may fetch (`fetched`), and knows how many entries there would be."""
 
     __slots__ = (
-        "_apart", "bare", "data", "fetched", "left", "limit", "live", "memo", "outer", "persistent", "plain",
+        "apart", "bare", "data", "fetched", "left", "limit", "live", "memo", "outer", "persistent", "plain",
         "pos", "record_keys", "size", "stack", "stored", "tables", "tuple_keys", "values",
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ class Machine:
         self.memo: dict[int, object] = {}
         self.fetched = fetched(data, start)
         self.stored = 0  # entries 0 to here were stored
-        self._apart: set[int] = set()  # and these beyond
+        self.apart: set[int] = set()  # and these beyond
         self.bare: dict[str, Inert] = {}  # globals no table of values knows, one record a name
         self.plain: dict[Inert, Call] = {}  # the calls of those that a table knows
         self.left = self.limit = allowance(len(data) - start, file)
@@ -180,14 +180,14 @@ class Machine:
         raise self.wrong(f"{what} is used as a key; wanted a plain value")
 
     def put(self, index: int) -> None:
-        if index == self.stored and not self._apart:
+        if index == self.stored and not self.apart:
             self.stored += 1
-        elif index >= self.stored and index not in self._apart:
+        elif index >= self.stored and index not in self.apart:
             self.fetched = b""  # out of order, as no pickler stores: all is kept from here on
             self.spend(MEMO)
-            self._apart.add(index)
-            while self.stored in self._apart:
-                self._apart.remove(self.stored)
+            self.apart.add(index)
+            while self.stored in self.apart:
+                self.apart.remove(self.stored)
                 self.stored += 1
         value = self.stack[-1]
         if index >= len(self.fetched) or self.fetched[index]:
@@ -195,7 +195,7 @@ class Machine:
             self.memo[index] = value
 
     def memoize(self) -> None:
-        self.put(self.stored + len(self._apart))
+        self.put(self.stored + len(self.apart))
 
     def get(self, index: int) -> None:
         self.stack.append(self.memo[index] if index in self.memo else self.absent(index))

@@ -120,16 +120,17 @@ def require_crc(name: bytes, record: Record, crc: int) -> None:
 
 
 class Directory:
-    """The central directory of a zip file: records by name, checked as the module says; `digest` is the
-    xxh3-64 of its bytes, hexadecimal."""
+    """The central directory of a zip file, which begins at byte `start` and has `nbytes`: records by name,
+    checked as the module says; `digest` is the xxh3-64 of its bytes, hexadecimal."""
 
-    __slots__ = ("_reader", "digest", "records")
+    __slots__ = ("_reader", "digest", "nbytes", "records", "start")
 
     def __init__(self, reader: Reader) -> None:
         """Reads the directory at the end of the file. Raises SourceError for what is not as it should be."""
         self._reader = reader
-        start, raw, count = _central(reader)
-        self.records = Entries(raw, count, start)
+        self.start, raw, count = _central(reader)
+        self.records = Entries(raw, count, self.start)
+        self.nbytes = len(raw)
         self.digest = xxhash.xxh3_64_hexdigest(raw)
 
     def locate(self, name: bytes, record: Record) -> int:

@@ -34,24 +34,25 @@ Ints = NDArray[np.int64]
 
 
 class Record(NamedTuple):
-    """One entry of the central directory: header `offset`, `size` in bytes, `crc`, `flags`, and
-    `limit`, the offset at which the next record or the directory begins."""
+    """One entry of the central directory: header `offset`, `size` in bytes, `crc`, `flags`, `limit`, the
+    offset at which the next record or the directory begins, and `at`, where in the directory it stands."""
 
     offset: int
     size: int
     crc: int
     flags: int
     limit: int
+    at: int
 
 
 class Entries:
     """The entries of a central directory by name."""
 
-    __slots__ = ("_crc", "_few", "_flags", "_limit", "_names", "_offset", "_size", "first")
+    __slots__ = ("_at", "_crc", "_few", "_flags", "_limit", "_names", "_offset", "_size", "first")
 
     def __init__(self, raw: bytes, count: int, start: int) -> None:
         """`count` entries are all of `raw`, which begins at byte `start` of the file. Raises SourceError."""
-        at = _walk(raw, count)
+        at = self._at = _walk(raw, count)
         table = _bytes_at(raw, at, 46).view(_CENTRAL).reshape(-1)
         length = table["name"].astype(np.int64)
         self.first = raw[at[0] + 46 : at[0] + 46 + length[0]] if count else b""
@@ -74,7 +75,7 @@ class Entries:
             i = int(rows[k]) if k < len(names) and names[k] == wanted else None
         if i is None:
             return None
-        columns = (self._offset, self._size, self._crc, self._flags, self._limit)
+        columns = (self._offset, self._size, self._crc, self._flags, self._limit, self._at)
         return Record(*[column.item(i) for column in columns])
 
     def _wide(self, raw: bytes, at: Ints, table: NDArray[np.void]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import SourceError
 from ...extents import Extents, File
-from ...views import View
+from ...views import View, dense_strides
 from ..samples import COMPARED, number, read_all, same, stored_at
 from ..torchfile import Tensor
 from .partitions import Flat, Placed, Shape, elements
@@ -67,7 +67,7 @@ def comparable(copy: object) -> bool:
     """Whether single elements of what `module` holds can be read: dense, of a dtype that is compared."""
     if not isinstance(copy, Tensor) or copy.storage.extent < 0 or copy.dtype.name not in COMPARED:
         return False
-    return copy.stride == tuple(math.prod(copy.shape[k + 1 :]) for k in range(len(copy.shape)))
+    return list(copy.stride) == dense_strides(copy.shape)
 
 
 def check_order(
