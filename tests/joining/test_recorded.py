@@ -192,6 +192,7 @@ def test_from_training_through_three_layouts(tmp_path, name):
     assert fastckpt.diff(tmp_path / "0", tmp_path / "3").equal
     whole = fastckpt.consolidate(tmp_path / "0")
     assert all(torch.equal(whole[n], x.bfloat16().float()) for n, x in params.items())
+    assert fastckpt.open(tmp_path / "0").aliases == (tied or {})
 
 
 def test_what_is_not_rounded_stays_so(tmp_path):
@@ -219,11 +220,12 @@ def test_patterns_whole_again(tmp_path):
     holds(fastckpt.open(tmp_path / "cut"), files)
 
 
-def test_what_the_recipe_leaves_out_is_said(tmp_path):
+@pytest.mark.parametrize("tp", [1, 2])
+def test_what_the_recipe_leaves_out_is_said(tmp_path, tp):
     config, files, _ = tiny.made("tied")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     hub_of(tmp_path / "hub", (config, files | extra, None))
-    ckpt = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=2)
+    ckpt = cut(tmp_path / "hub", tmp_path / "cut", "vllm", tp=tp)
     holds(ckpt, files)
     assert ckpt.unread == (f"{next(iter(extra))}: layout vllm does not write it as it is",)
 

@@ -328,6 +328,10 @@ ROPES = [
     ({"rope_parameters": YARN | {"rope_theta": 500.0}}, 500.0, (40, 64, 32, 1, 0.7, 1.0)),
     ({"rope_parameters": None, "rope_theta": 100, "rope_scaling": YARN | {"type": "yarn"}}, 100.0,
      (40, 64, 32, 1, 0.7, 1.0)),
+    # Where the ramp would end past the last frequency, and where it has no width.
+    ({"rope_parameters": YARN | {"rope_theta": 2.0}}, 2.0, (40, 64, 32, 1, 0.7, 1.0)),
+    ({"rope_parameters": YARN | {"rope_theta": 500.0, "original_max_position_embeddings": 6}}, 500.0,
+     (40, 6, 32, 1, 0.7, 1.0)),
 ]  # fmt: skip
 
 

@@ -129,6 +129,11 @@ def test_where_the_model_is(tmp_path, key):
     dcp.save(flat, checkpoint_id=tmp_path / "b")
     holds(sources.open(tmp_path / "b"), state())
     assert sources.open(tmp_path / "b").structure != found.structure
+    beside = {"app": {**state(), "optimizer": {"w": torch.ones(3)}}}
+    dcp.save(beside, checkpoint_id=tmp_path / "c")
+    holds(sources.open(tmp_path / "c"), {f"app.{n}": x for n, x in state().items()})
+    dcp.save({key: state(), "seed": torch.tensor(3)}, checkpoint_id=tmp_path / "d")
+    holds(sources.open(tmp_path / "d"), state())
 
 
 def test_the_first_of_accelerates_models(tmp_path):

@@ -140,6 +140,9 @@ def test_several_indexes(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors.index.json").write_text("{}")
     refuses(tmp_path, "several indexes: a.safetensors.index.json, b.safetensors.index.json; open the one")
+    own = {"weight_map": dict.fromkeys(TENSORS, "a-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(own))
+    holds(sources.open(tmp_path), TENSORS)
 
 
 def test_an_index_that_names_too_little(tmp_path):

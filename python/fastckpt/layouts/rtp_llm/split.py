@@ -263,7 +263,7 @@ def phy2log(experts: int, physical: int, ep: int, nodes: int = 1) -> list[int]:
             f"layout rtp_llm: physical_experts: {experts} experts do not fill {physical} places of {ep} "
             f"parts on {nodes} nodes"
         )
-    if extra % ep or experts % ep:
+    if experts % ep:
         return [*range(experts), *range(extra)]
     own, more, a_node = experts // ep, extra // ep, ep // nodes
     out = []
