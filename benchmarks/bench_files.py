@@ -241,6 +241,11 @@ def bench_consolidate_fsdp(bench: Bench, sharded: Input, work: Path, threads: in
     whole_model(bench, sharded, peers.dcp_to_torch_save, None, work, threads)
 
 
+def bench_consolidate_boxes(bench: Bench, boxes: Input, work: Path, threads: int) -> None:
+    """The same of many small boxes, each of which has a header of its own."""
+    whole_model(bench, boxes, peers.dcp_to_torch_save, None, work, threads)
+
+
 def whole_model(
     bench: Bench, of: Input, convert: Callable[[str, str], None], goal: Goal | None, work: Path, threads: int
 ) -> None:

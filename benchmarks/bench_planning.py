@@ -17,8 +17,7 @@ from fastckpt.planning.binding import Binding
 from fastckpt.planning.request import Request
 from fastckpt.quantisation.schemes import SCHEMES, Quant
 from inputs import Input
-from measure import Bench, Figure, Goal, Step, of_floor, seconds, times_faster
-from torch.distributed.checkpoint import FileSystemReader
+from measure import Bench, Figure, Goal, Step, seconds, times_faster
 
 RANKS = 1024
 
@@ -36,19 +35,11 @@ def bench_open(bench: Bench, folder: Path, frozen: int) -> None:
     )
 
 
-def bench_open_dcp(bench: Bench, folder: Path) -> None:
-    """open() of what FSDP 2 leaves of 64 ranks, which finds every box, against torch's reading of `.metadata`
-    alone."""
-    path = inputs.many_boxes(folder, 64)
+def bench_open_boxes(bench: Bench, boxes: Input) -> None:
+    """open() of a DCP save of many ranks, warm: each box of each tensor is found."""
     bench.measure(
-        Figure(
-            "open() of 64 FSDP ranks, warm / torch's reading of .metadata",
-            "723 tensors, 46272 boxes",
-            "of torch's",
-            of_floor,
-        ),
-        Step("open", lambda: fastckpt.open(path)),
-        [Step("read_metadata", FileSystemReader(path).read_metadata)],
+        Figure("open() of a DCP save, warm", boxes.shape, "s", seconds),
+        Step("open", lambda: fastckpt.open(boxes.path)),
         rounds=5,
     )
 

@@ -81,6 +81,11 @@ def sharded(folder: Path, size: int) -> inputs.Input:
 
 
 @pytest.fixture(scope="session")
+def boxes(folder: Path, size: int) -> inputs.Input:
+    return inputs.boxes(folder, 64 if size >= 512 << 20 else 8)
+
+
+@pytest.fixture(scope="session")
 def small(folder: Path, size: int) -> inputs.Input:
     return inputs.small(folder, 100_000 if size >= 512 << 20 else 5_000)
 

@@ -201,7 +201,7 @@ def many_ranks(folder: Path, world: int, frozen: int = 0) -> str:
     return str(path)
 
 
-def many_boxes(folder: Path, world: int) -> str:
+def boxes(folder: Path, world: int) -> Input:
     """What FSDP 2 leaves of 723 tensors over `world` ranks: a DCP save whose boxes hold 64 bytes each."""
     path = folder / f"boxes-{world}"
     if not path.exists():
@@ -225,7 +225,10 @@ def many_boxes(folder: Path, world: int) -> str:
             file.close()
         (half / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, {}, places)))
         half.rename(path)
-    return str(path)
+    count = 723 * world
+    return Input(
+        str(path), f"boxes: {count} of 723 tensors, {_size(count * 64)}", "torch's formats", count * 64
+    )
 
 
 def seventy(world: int) -> Checkpoint:
