@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import replace
 
 import fastckpt
@@ -17,7 +16,6 @@ from layouts import families
 from layouts.family_oracle import cut
 from layouts.test_rtp_llm import fp8
 from reading import bits, memory, read, same, shard
-from zero_writer import write_zero
 
 KEYS, VALUES, KEY, VALUE = 8, 16, 6, 10
 MODELS = ["qwen3_next", "qwen3_5", "qwen3_5_moe"]
@@ -234,22 +232,3 @@ def test_heads_that_ranks_cannot_share():
     for served in ("vllm", "rtp_llm"):
         with pytest.raises(LayoutError, match="linear attention's key heads 2 does not divide by tp 4"):
             layout(served).targets(few, Placement(tp=4))
-
-
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
-def test_from_zero_3(name, tmp_path):
-    """Partitions of three ranks, under the names of training, to bfloat16 files that transformers loads."""
-    config, hub, state = families.made(name)
-    write_zero(tmp_path / "checkpoint", state, stage=3, world=3)
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
-    out = tmp_path / "hub"
-    fastckpt.reshard(tmp_path / "checkpoint", layout="hf", dtype="bfloat16", out=out, durable=False)
-    got = fastckpt.open(out)
-    assert sorted(got) == sorted(hub)
-    for key, x in hub.items():
-        kept = x if key.endswith("A_log") else x.bfloat16()
-        assert got[key].dtype.name == str(kept.dtype).removeprefix("torch.")
-        assert (read(got[key]) == bits(kept)).all(), key
-    kind = families.transformers.AutoModelForCausalLM
-    _, info = kind.from_pretrained(out, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))

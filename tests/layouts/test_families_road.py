@@ -13,7 +13,7 @@ from reading import equal
 from safetensors.torch import load_file
 from zero_writer import write_zero
 
-KEPT = "e_score_correction_bias"
+KEPT = ("e_score_correction_bias", "A_log")
 
 
 def directory(name, path):
@@ -23,7 +23,7 @@ def directory(name, path):
 
 
 def rounded(tensors):
-    return {n: x if KEPT in n else x.bfloat16() for n, x in tensors.items()}
+    return {n: x if n.endswith(KEPT) else x.bfloat16() for n, x in tensors.items()}
 
 
 FILES = ["deepseek_v3", "gpt_oss", "falcon-new", "bloom", "phi3", "chatglm", "cohere-normed", "opt", "phi"]
@@ -91,6 +91,26 @@ def test_transformers_loads_what_one_rank_wrote(name, tmp_path):
     model, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     equal(dict(model.state_dict()), state)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "qwen3_5_moe", "granitemoehybrid", "nemotron_h-latent", "falcon_h1"]
+)
+def test_from_zero_3(name, tmp_path):
+    """Partitions of three ranks, under the names of training, to files that transformers loads, and to a
+    server's tensors."""
+    config, hub, state = families.made(name)
+    fixed = {n: x for n, x in state.items() if n.endswith("e_score_correction_bias")}
+    trained = {n: x for n, x in state.items() if n not in fixed}
+    write_zero(tmp_path / "zero", trained, stage=3, world=3, buffers=fixed)
+    (tmp_path / "zero" / "config.json").write_text(json.dumps(config))
+    fastckpt.reshard(tmp_path / "zero", layout="hf", dtype="bfloat16", out=tmp_path / "hub", durable=False)
+    equal(load_file(tmp_path / "hub" / "model.safetensors"), rounded(hub))
+    kind = families.transformers.AutoModelForCausalLM
+    _, info = kind.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for r, got in enumerate(fastckpt.reshard(tmp_path / "zero", 2, layout="vllm", dtype="bfloat16")):
+        equal(got, rounded(family_oracle.vllm(hub, families.FAMILIES[name].heads, 2, r)))
 
 
 def test_an_expert_parallel_rank_alone(tmp_path):

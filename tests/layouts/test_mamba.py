@@ -15,9 +15,7 @@ from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
 from fastckpt.placement import Placement
 from layouts import families
-from layouts.family_oracle import mixer
 from reading import bits, memory, read, same, shard
-from zero_writer import write_zero
 
 AT = {
     "granitemoehybrid": "model.layers.2.mamba.",
@@ -186,30 +184,3 @@ def test_layers_for_more_tokens_are_left_out():
     further = {"mtp.layers.0.norm.weight": torch.ones(64)}
     model = model_of("nemotron_h", hub | further, num_nextn_predict_layers=1)
     assert model.ignored == tuple(further)
-
-
-@pytest.mark.parametrize("name", ["granitemoehybrid", "nemotron_h-latent", "falcon_h1"])
-def test_from_zero_3(name, tmp_path):
-    """Partitions of three ranks, under the names of training, to bfloat16 files that transformers loads, and
-    to a server's."""
-    config, hub, state = families.made(name)
-    fixed = {n: x for n, x in state.items() if "e_score_correction_bias" in n}
-    trained = {n: x for n, x in state.items() if n not in fixed}
-    write_zero(tmp_path / "checkpoint", trained, stage=3, world=3, buffers=fixed)
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
-    out = tmp_path / "hub"
-    fastckpt.reshard(tmp_path / "checkpoint", layout="hf", dtype="bfloat16", out=out, durable=False)
-    got = fastckpt.open(out)
-    assert sorted(got) == sorted(hub)
-    for key, x in hub.items():
-        kept = x if key.endswith(("A_log", "e_score_correction_bias")) else x.bfloat16()
-        assert (read(got[key]) == bits(kept)).all(), key
-    kind = families.transformers.AutoModelForCausalLM
-    _, info = kind.from_pretrained(out, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    at = next(n for n in hub if n.endswith("A_log")).removesuffix("A_log")
-    to = at.replace("backbone.", "model.")
-    to = to.replace(".mamba.", ".mamba.mamba.") if name.startswith("falcon") else to
-    for rank, held in enumerate(fastckpt.reshard(tmp_path / "checkpoint", 2, layout="vllm")):
-        for leaf, x in mixer(hub, at, 2, rank).items():
-            assert torch.equal(held[to + leaf], x), leaf

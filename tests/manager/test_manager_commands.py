@@ -262,7 +262,7 @@ def test_of_nothing(tmp_path: Path) -> None:
         (["publish", "R", "--to", "OUT", "--back", "../x"], "is no plain name"),
         (["publish", "R", "--to", "OUT", "--back", "v9"], "no whole version 'v9'"),
         (["publish", "R", "--to", "OUT", "--back", "v9", "--keep", "2"], "--back v9: moves a link alone"),
-        (["publish", "R", "--to", "OUT", "--back", "v9", "--part", "m", "--step", "1"], "got --step, --part"),
+        (["publish", "R", "--to", "OUT", "--back", "v9", "--part", "m", "--step", "1"], "out --step, --part"),
     ],
 )
 def test_bad_inputs(root: Path, tmp_path: Path, words: list[str], said: str) -> None:

@@ -559,12 +559,15 @@ def test_nothing_is_executed(tmp_path):
 # ---- torch_dist, written by torch's own DCP ----
 
 
-@pytest.mark.parametrize("form", ["fp32_param", "param"])
-def test_masters_and_what_has_none(tmp_path, form):
-    """`param` is the distributed optimizer's word (fully_reshardable), `fp32_param` that of the others."""
+@pytest.mark.parametrize(
+    ("form", "stored"), [("fp32_param", "whole"), ("param", "whole"), ("fp32_param", "parts")]
+)
+def test_masters_and_what_has_none(tmp_path, form, stored):
+    """Of Float16Optimizer, and of the distributed optimizer: fully_reshardable, fully_sharded_model_space."""
     made = tiny.made("llama")
     keys = keys_of(tmp_path, made)
-    masters = {f"optimizer.state.{form}.{n}": exact(x) for n, x in keys.items()}
+    put = in_parts if stored == "parts" else torch.clone
+    masters = {f"optimizer.state.{form}.{n}": put(exact(x)) for n, x in keys.items()}
     bare = "embedding.word_embeddings.weight"
     del masters[f"optimizer.state.{form}.{bare}"]
     moments = {f"optimizer.state.exp_avg.{n}": x.float() for n, x in keys.items()}
@@ -572,6 +575,13 @@ def test_masters_and_what_has_none(tmp_path, form):
     assert ckpt.notes == (f"no fp32 copy of 1 tensors, which are taken in 16 bits: such as {bare}",)
     want = {n: x if "embed" in n else exact(x) for n, x in made[1].items()}
     holds(ckpt, want)
+
+
+def in_parts(x):
+    """Of a stack each layer, of a matrix halves of its rows."""
+    parts = [n if k < x.ndim - 2 else 2 if k == x.ndim - 2 else 1 for k, n in enumerate(x.shape)]
+    apart = x.reshape([n for size, p in zip(x.shape, parts, strict=True) for n in (p, size // p)])
+    return apart.permute(*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2)).reshape(*parts, -1)
 
 
 def exact(x):
@@ -633,7 +643,16 @@ def test_what_torch_dist_must_have(tmp_path):
         ),
         ({"decoder.layers.0.mlp.linear_fc1.weight": stacked[0]}, (), "two tensors would be decoder.layers.0"),
         ({"decoder.layers.input_layernorm.weight": torch.zeros(2, 64)}, (), "two tensors would be"),
-        ({f"optimizer.state.fp32_param.{fc1}": torch.zeros(2, 1, 1, 192 * 64)}, (), "flattened masters"),
+        (
+            {f"optimizer.state.fp32_param.{fc1}": torch.zeros(2, 1, 1, 192 * 64)},
+            (),
+            "was not rounded from it",
+        ),
+        (
+            {f"optimizer.state.fp32_param.{fc1}": torch.zeros(2, 5, 1, 7)},
+            (),
+            r"is \[2, 5, 1, 7\], its tensor",
+        ),
         ({"decoder.layers.odd": torch.tensor(1.0)}, (), "has no axis of layers"),
         ({"decoder.odd.weight": torch.zeros(3)}, (), "decoder.odd.weight is no tensor of layout megatron"),
         ({}, {fc1}, "linear_fc1.weight: the layout makes"),

@@ -123,6 +123,13 @@ def test_what_is_no_tensor_is_said(tmp_path):
     assert "version: no tensor" in ckpt.unread
 
 
+class OfAnotherLibrary:
+    """Pickles itself as Transformer Engine's fp8 tensors do: the bytes, and what makes a tensor of them."""
+
+    def __reduce__(self):
+        return OfAnotherLibrary, (torch.zeros(3, dtype=torch.uint8), 4, torch.ones(1))
+
+
 BAD = {
     "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
     "deeper": ({"a": {"model": TENSORS}, "b": {"model": TENSORS}}, "tensors: a.model, b.model"),
@@ -135,6 +142,7 @@ BAD = {
     "names": ({1: torch.ones(1)}, "which is no string"),
     "deepspeed": ({"module": TENSORS, "param_shapes": []}, "open its directory"),
     "its optimizer": ({"optimizer_state_dict": {"a": 1}, "ds_version": "0.19.8"}, "open its directory"),
+    "a form of its own": ({**TENSORS, "w": OfAnotherLibrary()}, "w: a tensor of another library's class"),
     "sparse": ({"a": torch.ones(1), "b": torch.eye(2).to_sparse()}, "b"),
 }
 

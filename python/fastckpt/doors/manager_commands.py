@@ -211,9 +211,7 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
         if args.dry_run:
             raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
         if given := [f"--{name}" for name in ("step", "part", "keep") if getattr(args, name) is not None]:
-            raise FastckptError(
-                f"--back {args.back}: moves a link alone, makes or removes none; got {', '.join(given)} too"
-            )
+            raise FastckptError(f"--back {args.back}: moves a link alone; leave out {', '.join(given)}")
     if args.dry_run:
         step = _step(manager, args)
         source = publishing.model_of(manager.open(step, 0), args.part)

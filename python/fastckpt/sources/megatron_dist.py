@@ -10,6 +10,7 @@ core/models/gpt/gpt_layer_specs.py, core/optimizer/.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
-from .samples import difference
+from .samples import OF_ONE, difference
 from .steps import HUB
 from .torchfile import Reader
 
@@ -79,9 +80,10 @@ def read(path: str, root: str, options: Options, format: str) -> Checkpoint:
         tensors = {name: found.tensors[key] for name, key in keys.items()}
         return {name: boxes(table, t.dtype, t.shape, rows[t.key]) for name, t in tensors.items()}
 
-    stacks = views(keys)
+    narrow, stacks = views(copies), views(keys)
+    stacks |= {name: _whole(stacks[name], copy.shape) for name, copy in narrow.items()}
     with naming(where):
-        _check_masters(views(copies), stacks)
+        _check_masters(narrow, stacks)
         entries = {name: Single.of(view) for name, view in _named(stacks).items()}
     search = [os.path.join(at, name) for at in (root, os.path.dirname(root)) for name in ("", HUB)]
     return assemble(
@@ -136,19 +138,37 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str
         notes = [f"no fp32 copy of {len(bare)} tensors, which are taken in 16 bits: {why}"]
     for name in keys.keys() & masters.keys():
         own, master = found.tensors[keys[name]], found.tensors[masters[name]]
-        if own.shape != master.shape:
+        if own.shape != master.shape and not _in_parts(master.shape, own.shape):
             raise SourceError(
-                f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}: flattened masters are not "
-                "read; weights='module' (--weights module) takes the 16-bit copy"
+                f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}; weights='module' (--weights "
+                "module) takes the 16-bit copy"
             )
         copies[name], keys[name] = keys[name], masters[name]
     return keys, copies, notes, unread
 
 
+def _in_parts(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` is stored as the distributed optimizer did up to megatron-core 0.15
+    (fully_sharded_model_space): [parts of each axis.., elements of a part]."""
+    parts = stored[:-1]
+    fits = len(parts) == len(shape) and all(p and n % p == 0 for n, p in zip(shape, parts, strict=True))
+    return fits and math.prod(stored) == math.prod(shape)
+
+
+def _whole(stored: View, shape: tuple[int, ...]) -> View:
+    """A tensor that may be stored in parts."""
+    if stored.shape == shape:
+        return stored
+    parts, ndim = stored.shape[:-1], len(shape)
+    within = [n // p for n, p in zip(shape, parts, strict=True)]
+    pairs = [axis for i in range(ndim) for axis in (i, ndim + i)]
+    return stored.reshape((*parts, *within)).permute(pairs).reshape(shape)
+
+
 def _check_masters(copies: Mapping[str, View], masters: Mapping[str, View]) -> None:
     """Raises SourceError for masters that are not what their copies were rounded from: an optimizer may keep
     only what rounding lost (store_param_remainders), and weights may be of 8 bits."""
-    if found := difference(copies, masters):
+    if found := difference(copies, masters, OF_ONE):
         raise SourceError(
             f"{found}: it was not rounded from it, as with use_precision_aware_optimizer or fp8 weights; "
             "weights='module' (--weights module) takes the copies"

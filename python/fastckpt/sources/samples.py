@@ -41,13 +41,13 @@ def check_copy(copies: Mapping[str, View], masters: Mapping[str, View], where: s
         raise SourceError(f"{where}: {found}: not of the same step")
 
 
-def difference(copies: Mapping[str, View], masters: Mapping[str, View]) -> str | None:
-    """The first of the sampled elements in which a copy is not its master, in words."""
-    got = sampled_bytes([*copies.values()])
-    wanted = sampled_bytes([masters[n] for n in copies])
+def difference(copies: Mapping[str, View], masters: Mapping[str, View], count: int = POSITIONS) -> str | None:
+    """The first of the sampled elements, `count` of each, in which a copy is not its master, in words."""
+    got = sampled_bytes([*copies.values()], count)
+    wanted = sampled_bytes([masters[n] for n in copies], count)
     for n, have, master in zip(copies, got, wanted, strict=True):
         kinds = copies[n].dtype, masters[n].dtype
-        for i, a, b in zip(positions(copies[n]), have, master, strict=True):
+        for i, a, b in zip(positions(copies[n], count), have, master, strict=True):
             x, y = number(a, kinds[0]), number(b, kinds[1])
             if not same(x, y, kinds[0]):
                 return f"{n}: element {i} of `module` is {x} ({kinds[0]}), its master is {y} ({kinds[1]})"

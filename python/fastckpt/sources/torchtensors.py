@@ -58,7 +58,14 @@ def refuse_unread(name: str, value: object) -> None:
     if name.endswith("_extra_state"):
         return
     within = tuple(value.values()) if isinstance(value, dict) else value
+    if isinstance(value, Inert) and not value.name.startswith("torch."):
+        within = (*value.args, value.state)
     for held in within if isinstance(within, list | tuple) else ():
+        if isinstance(held, Tensor) and isinstance(value, Inert):
+            raise SourceError(
+                f"{name}: a tensor of another library's class (made by {value.name}), such as Transformer "
+                "Engine's fp8, is not read; save it dense"
+            )
         if isinstance(held, Tensor):
             raise SourceError(f"{name}: holds a tensor, where a state dict has each under a name of its own")
         refuse_unread(name, held)

@@ -35,7 +35,7 @@ _CONTAINERS = frozenset({list, dict, tuple, Inert})
 _EMPTY = 1, 1
 """(values, depth) of an empty container."""
 
-_LARGE = 1 << 10
+_LARGE = 1 << 6
 """Values in a part whose size is remembered: a smaller one is counted again each time it is reached."""
 
 
