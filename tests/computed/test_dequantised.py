@@ -120,7 +120,7 @@ def test_blocks_that_the_edge_cuts_and_reordered_inputs():
 
 
 @pytest.mark.parametrize("inputs", [96, 80, 72])
-def test_a_last_group_may_be_short(inputs):
+def test_a_last_group_may_be_short(tmp_path, inputs):
     """GPTQ without g_idx: the group size is the config's, also where equal groups would come to as many."""
     torch.manual_seed(8)
     q, zeros = torch.randint(0, 16, (inputs, 24)), torch.randint(1, 16, (2, 24))
@@ -146,6 +146,18 @@ def test_a_last_group_may_be_short(inputs):
     within = {"text_config": config, "model_type": "x"}  # as Kimi K2.5's hub says it
     (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=within)
     equal(got, {"c.weight": want})
+    fastckpt.reshard(state, layout="same", quant="none", config=within, out=tmp_path / "out", durable=False)
+    assert json.loads((tmp_path / "out/config.json").read_text())["text_config"] == {}
+
+
+def test_blocks_that_are_not_square():
+    torch.manual_seed(9)
+    values, scales = torch.randn(96, 100).to(torch.float8_e4m3fn), torch.rand(3, 2)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 64]}}
+    state = {"a.weight": values, "a.weight_scale_inv": scales}
+    (got,) = fastckpt.reshard(state, layout="same", quant="none", dtype="float32", config=config)
+    wide = scales.repeat_interleave(32, 0).repeat_interleave(64, 1)[:, :100]
+    equal(got, {"a.weight": values.float() * wide})
 
 
 def test_recurrent_weights_and_scales_of_inputs():
@@ -425,6 +437,10 @@ REFUSED = {
     "GPTQ's dtype": (
         _GPTQ | {"a.qzeros": torch.zeros(1, 1, dtype=torch.int16)}, {"quant_method": "gptq"},
         "wanted int32 values and zero points, got int32, int16",
+    ),
+    "GPTQ's values": (
+        _GPTQ | {"a.qweight": _GPTQ["a.qweight"].long()}, {"quant_method": "gptq"},
+        "wanted int32 values and zero points, got int64, int32",
     ),
     "GPTQ's sizes": (_GPTQ | {"a.scales": torch.ones(1, 7)}, {"quant_method": "gptq"}, "do not fit each"),
     "GPTQ's groups": (

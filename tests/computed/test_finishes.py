@@ -75,6 +75,8 @@ def test_bad_values():
     with pytest.raises(SourceError, match="no scale: 0 has no reciprocal"):
         elements(finishes.reciprocal("no scale", ckpt["none"]))
     with pytest.raises(SourceError, match="0 has no reciprocal"):
+        elements(finishes.reciprocal("some", memory({"some": torch.tensor([2.0, 0.0])})["some"]))
+    with pytest.raises(SourceError, match="0 has no reciprocal"):
         elements(finishes.largest("x", ckpt["none"].reshape((1, 1)), inverse=True))
     for scale in (0.0, -1.0, float("nan")):
         ckpt = memory(TENSORS | {"none": torch.tensor(scale)})

@@ -27,20 +27,18 @@ class Binding:
     @staticmethod
     def of(extents: Extents) -> Binding:
         """The binding of an extent table. Raises SourceError for memory that is no more."""
-        index: dict[int | File, int] = {}
-        places: list[File | Buffer] = []
+        index: dict[File | Buffer, int] = {}
         place = np.empty(len(extents), np.int64)
         offset = np.empty(len(extents), np.int64)
         size = np.empty(len(extents), np.int64)
         for i, extent in enumerate(extents):
-            key = extent.where if isinstance(extent.where, File) else id(extent.where)
-            if key not in index:
-                if isinstance(extent.where, Buffer):
-                    extent.where.check()
-                index[key] = len(places)
-                places.append(extent.where)
-            place[i], offset[i], size[i] = index[key], extent.offset, extent.nbytes
-        return Binding(tuple(places), place, offset, size)
+            where = extent.where
+            if where not in index:
+                if isinstance(where, Buffer):
+                    where.check()
+                index[where] = len(index)
+            place[i], offset[i], size[i] = index[where], extent.offset, extent.nbytes
+        return Binding(tuple(index), place, offset, size)
 
     def bind(self, rows: Table) -> Table:
         """The rows with `src_buffer` a place and `src` counted from that place's start.

@@ -390,7 +390,7 @@ def _files(
 ) -> tuple[list[FileLayout], list[tuple[str, bytes]]]:
     """One rank's files and their index."""
     container = os.path.splitext(naming.single)[1]
-    if container == ".safetensors" and (request.weights_key or request.client_state):
+    if container == ".safetensors" and request.weights_key:
         raise LayoutError("weights_key and client_state make a training checkpoint: one .bin, no safetensors")
     # A .bin holds both names of a tied pair; safetensors, and so its index, hold one.
     parts = split(specs, request.max_shard_size, naming.file, aliases if container == ".bin" else {})
