@@ -157,7 +157,7 @@ def test_without_a_config(unpacked, tmp_path):
     for verb in (fastckpt.reshard, fastckpt.consolidate):
         with pytest.raises(SourceError, match=r"parts of 2 ranks.*--config"):
             verb(at / "legacy")
-    with pytest.raises(RecipeError, match="says where it is"):
+    with pytest.raises(RecipeError, match="says where one is"):
         fastckpt.reshard(at / "dist")
     assert opening.join(ckpt) is ckpt
 

@@ -136,7 +136,7 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str
     if bare := [name for name in narrow if name not in masters]:
         why = "its optimizer's copies have no names" if len(bare) == len(narrow) else f"such as {bare[0]}"
         notes = [f"no fp32 copy of {len(bare)} tensors, which are taken in 16 bits: {why}"]
-    for name in keys.keys() & masters.keys():
+    for name in [name for name in keys if name in masters]:  # in one order in every process
         own, master = found.tensors[keys[name]], found.tensors[masters[name]]
         if own.shape != master.shape and not _in_parts(master.shape, own.shape):
             raise SourceError(
