@@ -354,6 +354,17 @@ def test_missing_and_wrong_layers(pipeline):
     refuses(pipeline, "files of layers of tensor-parallel ranks [0], wanted 2")
 
 
+def test_a_tied_module_in_no_file(pipeline):
+    """Only a function of it may be a layer: then its master is all there is. It hides no other loss."""
+    for rank in (0, 1):
+        (pipeline / TAG / f"layer_00-model_{rank:02}-model_states.pt").unlink()
+    equal(pipeline)
+    refuses(pipeline, "tied_modules.embed.weight is in no file", "master", weights="module")
+    for rank in (0, 1):
+        (pipeline / TAG / f"layer_01-model_{rank:02}-model_states.pt").unlink()
+    refuses(pipeline, "1.gate_up.weight is in no file of a layer", "also=")
+
+
 def test_a_tied_module_of_other_values(pipeline):
     for rank in (0, 1):
         change(pipeline / TAG / f"layer_00-model_{rank:02}-model_states.pt", lambda t: t["weight"].add_(1))

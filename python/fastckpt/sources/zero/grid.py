@@ -70,6 +70,8 @@ def joined(path: str, grid: Grid, ranks: Sequence[Rank], options: Options, tp: i
         ]
         unread += [f"{name}: no tensor" for c in copies for name in c.other]
         stages.insert(0, [c.beside(options.exclude_frozen) for c in copies])
+        if options.weights == "module" and (lost := [n for n in masters if n not in copies[-1].copies]):
+            raise SourceError(f"{where}: {lost[0]} is in no file of a layer, only its master is read")
         if options.weights == "module" or state.shapes is None:
             stages = [stages[0], [c.copies for c in copies]]
     entries: dict[str, Entry] = {}

@@ -86,12 +86,12 @@ def layers(
             entry = Whole(opened, t).entry(extents, kind)
             if mine.setdefault(name, entry) is not entry:  # a tied module that is a layer in two places
                 same.add(f"{name}, of which {file} has a copy", mine[name], entry)
-    lost = next((n for n in (*shapes, *buffers) if n not in out.copies and n not in out.buffers), None)
-    if lost is not None and not lost.startswith(TIED):  # of which only a function of it may be a layer
-        raise SourceError(
-            f"{where}: {lost} is in no file of a layer: not saved, or left on another node's disk, "
-            "which also= (--also) names"
-        )
+    for lost in (n for n in (*shapes, *sorted(buffers)) if n not in out.copies and n not in out.buffers):
+        if not lost.startswith(TIED):  # of which only a function of it may be a layer
+            raise SourceError(
+                f"{where}: {lost} is in no file of a layer: not saved, or left on another node's disk, "
+                "which also= (--also) names"
+            )
     check_copy(one_axis({n: e for n, e in out.copies.items() if n in masters}), one_axis(masters), where)
     return out
 
