@@ -476,13 +476,16 @@ def test_demo(run, tmp_path, monkeypatch):
 
 
 def test_demo_on_a_full_disk(run, tmp_path, monkeypatch):
-    def write(self, path: str) -> None:
+    """The folder to keep is empty again, as the next attempt wants it."""
+
+    def write(path: str, tree: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(demo.Llama, "write", write)
+    monkeypatch.setattr(demo, "_save", write)
     code, out, err = run("demo", "--size", "1MB", "--keep", tmp_path / "kept")
     assert (code, out) == (4, "")
     assert err == f"fastckpt: error: {tmp_path}/kept/checkpoint: No space left on device\n"
+    assert os.listdir(tmp_path / "kept") == []
 
 
 @pytest.mark.parametrize("victim", ["whole/model.safetensors", "vllm/model-rank-2-part-0.safetensors"])

@@ -241,6 +241,7 @@ REFUSED = [
     ("gemma", dict(tp=2), "layernorm.weight is the factor less 1: wanted zero_centered_gamma=True"),
     ("falcon-new", dict(tp=2), "no blocks side by side, as falcon wants"),
     ("falcon-rw", dict(tp=2), "no ALiBi, as falcon wants"),
+    ("qwen3_next", dict(tp=1), "no place for the linear attention of model.layers.0"),
 ]
 
 

@@ -11,9 +11,11 @@ from fastckpt import dtypes, recipes
 from fastckpt.checkpoint import Cast
 from fastckpt.errors import LayoutError, RecipeError
 from fastckpt.layouts import layout
+from fastckpt.layouts.cuts import in_part
 from fastckpt.layouts.servers import Share, expert_share, layer_range
 from fastckpt.output.manifest import Manifest
 from fastckpt.placement import Placement
+from fastckpt.roles import Beside, Linear
 from layouts import families, family_oracle
 from reading import bits, memory, read, same, shard
 
@@ -300,6 +302,15 @@ def test_factors_follow_their_blocks(tp):
         assert torch.equal(got[e + "w2_weight_scale_inv"], torch.stack(w2))
         assert raw[e + "w13_weight"][0] == "float8_e4m3fn"
     same(shard(layout("hf").targets(model, Placement())), hub)
+
+
+def test_runs_within_one_block_share_its_factor():
+    held = memory({"w": torch.zeros(8, 8), "s": torch.tensor([[2.0, 3.0]])})
+    linear = Linear("m", held["w"], beside=(Beside("s", held["s"], (8, 4)),))
+    got = [read(in_part(linear, k, 4).beside[0].view).view("f4").item() for k in range(4)]
+    assert got == [2, 2, 3, 3]
+    with pytest.raises(LayoutError, match=r"m: \[0, 2\) of axis 1 cuts a block of 4"):
+        in_part(dataclasses.replace(linear, packed=(1, 2)), 0, 8)
 
 
 def test_factors_that_do_not_follow():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastckpt.doors.manager_commands import add_parser, run
 from fastckpt.errors import FastckptError, ManagerError, SourceError, WriteError
+from fastckpt.manager.commits import TRASH
 from fastckpt.manager.manager import CheckpointManager
 from safetensors.torch import load_file
 
@@ -244,6 +245,11 @@ def test_of_nothing(tmp_path: Path) -> None:
         call("publish", tmp_path, "--to", tmp_path / "served")
     with pytest.raises(ManagerError, match="holds no commits"):  # proves nothing
         call("verify", tmp_path)
+    (tmp_path / f"{TRASH}old").write_text("another program's")
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ManagerError, match="holds no commits"):
+            call("gc", tmp_path, *more)
+    assert os.listdir(tmp_path) == [f"{TRASH}old"]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +269,8 @@ def test_of_nothing(tmp_path: Path) -> None:
         (["publish", "R", "--to", "OUT", "--back", "v9"], "no whole version 'v9'"),
         (["publish", "R", "--to", "OUT", "--back", "v9", "--keep", "2"], "--back v9: moves a link alone"),
         (["publish", "R", "--to", "OUT", "--back", "v9", "--part", "m", "--step", "1"], "out --step, --part"),
+        (["publish", "R", "--to", "OUT", "--back", "v9", "--tp", "2", "-L", "a=b"], "out --tp, -L"),
+        (["publish", "R", "--to", "OUT", "--back", "v9", "--max-shard-size", "none"], "out --max-shard-size"),
     ],
 )
 def test_bad_inputs(root: Path, tmp_path: Path, words: list[str], said: str) -> None:

@@ -105,6 +105,13 @@ def test_names_of_one_rank_are_not_looked_for_in_all_others() -> None:
     assert Counted.asked <= 500
 
 
+def test_owners_are_the_same_in_every_process() -> None:
+    """Tensors of one size go to the ranks by their names: no rank asks another who writes what."""
+    same = {f"t{k:02}": Claim("float32", (4,), f"{k}") for k in range(20)}
+    table = shared([same, same], range(2))
+    assert [table[f"t{k:02}"].boxes[0][0] for k in range(20)] == [0, 1] * 10
+
+
 def test_boxes_that_overlap() -> None:
     """As many elements as the whole, of parts that were cut unevenly and say that they were cut evenly."""
     parts = [{"x": Claim("float32", (n,), f"{at}", (4,), (at,))} for at, n in ((0, 3), (2, 1))]

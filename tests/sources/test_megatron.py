@@ -157,7 +157,7 @@ def test_without_a_config(unpacked, tmp_path):
     for verb in (fastckpt.reshard, fastckpt.consolidate):
         with pytest.raises(SourceError, match=r"parts of 2 ranks.*--config"):
             verb(at / "legacy")
-    with pytest.raises(RecipeError, match="says where it is"):
+    with pytest.raises(RecipeError, match="says where one is"):
         fastckpt.reshard(at / "dist")
     assert opening.join(ckpt) is ckpt
 
@@ -651,7 +651,12 @@ def test_what_torch_dist_must_have(tmp_path):
         (
             {f"optimizer.state.fp32_param.{fc1}": torch.zeros(2, 5, 1, 7)},
             (),
-            r"is \[2, 5, 1, 7\], its tensor",
+            r"is float32\[2, 5, 1, 7\], its tensor",
+        ),
+        (
+            {f"optimizer.state.param.{fc1}": torch.zeros(2, 192, 64, dtype=torch.int16)},
+            (),
+            r"is int16\[2, 192, 64\], its tensor .*--weights module",
         ),
         ({"decoder.layers.odd": torch.tensor(1.0)}, (), "has no axis of layers"),
         ({"decoder.odd.weight": torch.zeros(3)}, (), "decoder.odd.weight is no tensor of layout megatron"),

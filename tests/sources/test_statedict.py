@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
 import torch
 from fastckpt import sources
 from reading import holds, refuses
+from torch.distributed.fsdp import ShardingStrategy
 
 BASE = torch.arange(40.0)
 TENSORS = {
@@ -130,6 +132,19 @@ class OfAnotherLibrary:
         return OfAnotherLibrary, (torch.zeros(3, dtype=torch.uint8), 4, torch.ones(1))
 
 
+class Filled(dict):
+    """A dict of a class of its own."""
+
+
+def test_settings_beside_the_weights_are_no_tensors(tmp_path):
+    """Which name functions, classes and enums of torch's."""
+    settings = argparse.Namespace(act=torch.nn.functional.gelu, norm=torch.nn.SiLU(), cut=ShardingStrategy(1))
+    torch.save({**TENSORS, "args": settings}, tmp_path / "x.pt")
+    ckpt = sources.open(tmp_path / "x.pt")
+    holds(ckpt, TENSORS)
+    assert "args: no tensor" in ckpt.unread
+
+
 BAD = {
     "ambiguous": ({"model": TENSORS, "state_dict": TENSORS}, "several dicts of tensors: state_dict, model"),
     "deeper": ({"a": {"model": TENSORS}, "b": {"model": TENSORS}}, "tensors: a.model, b.model"),
@@ -143,6 +158,8 @@ BAD = {
     "deepspeed": ({"module": TENSORS, "param_shapes": []}, "open its directory"),
     "its optimizer": ({"optimizer_state_dict": {"a": 1}, "ds_version": "0.19.8"}, "open its directory"),
     "a form of its own": ({**TENSORS, "w": OfAnotherLibrary()}, "w: a tensor of another library's class"),
+    "a dict of its own": ({**TENSORS, "w": Filled(deep=torch.ones(1))}, "Filled), such as"),
+    "an object": ({**TENSORS, "w": argparse.Namespace(a=torch.eye(2).to_sparse())}, "Namespace), such as"),
     "sparse": ({"a": torch.ones(1), "b": torch.eye(2).to_sparse()}, "b"),
 }
 

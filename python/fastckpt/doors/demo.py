@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def _demo(nbytes: int, folder: str, as_json: bool) -> int:
     try:
         model.write(source)
     except OSError as e:
+        shutil.rmtree(source, ignore_errors=True)  # a part of it, which would be in the next one's way
         raise WriteError(f"{e.filename or source}: {e.strerror}") from None
     commands = (
         ["inspect", source],

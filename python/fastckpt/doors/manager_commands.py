@@ -46,12 +46,9 @@ def add_parser(
         run_options.add_printing(made)
         return made
 
-    def of_step(p: argparse.ArgumentParser, default: str) -> None:
-        p.add_argument("--step", type=int, metavar="N", help=f"the step (default: {default})")
-
     action("ls", "list the commits that stand, with sizes and metrics")
 
-    of_step(action("verify", "check commits against their digests; exit 1 where one is broken"), "all")
+    _of_step(action("verify", "check commits against their digests; exit 1 where one is broken"), "all")
 
     gc = action("gc", "remove torn leftovers, and commits that no given policy keeps")
     gc.add_argument("--max-to-keep", type=int, metavar="N", help="keep the newest N")
@@ -64,7 +61,7 @@ def add_parser(
 
     restore = action("restore", "write the tensors of a commit as safetensors")
     restore.add_argument("out", metavar="OUT", help="the output directory, new or empty")
-    of_step(restore, "the newest")
+    _of_step(restore, "the newest")
     restore.add_argument("--rank", type=int, default=0, metavar="R", help="whose state (default: 0)")
     restore.add_argument("--names", nargs="+", metavar="NAME", help="only these tensors")
     restore.add_argument("--overwrite", action="store_true", help="replace an existing output, in one step")
@@ -74,21 +71,30 @@ def add_parser(
 
     publish = action("publish", "reshard a commit for servers and make it current, or go back to a version")
     publish.add_argument("--to", required=True, metavar="DIR", help="the directory of the versions")
-    of_step(publish, "the newest")
     publish.add_argument(
         "--back", metavar="VERSION", help="make this version current again; nothing is written"
     )
-    publish.add_argument(
-        "--part", metavar="KEY", help="the state's key that is the model (default: its only module)"
-    )
-    publish.add_argument("--keep", type=int, metavar="N", help="how many versions to keep")
-    serving_options.add(publish, config="none: a commit holds none")
-    serving_options.add_recipe(publish)
+    _add_making(publish)
     publish.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    publish.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
-    run_options.add_limits(publish)
     run_options.add_quiet(publish)
     return top
+
+
+def _add_making(p: argparse.ArgumentParser) -> None:
+    """Add the options that say how a version is made."""
+    _of_step(p, "the newest")
+    p.add_argument(
+        "--part", metavar="KEY", help="the state's key that is the model (default: its only module)"
+    )
+    p.add_argument("--keep", type=int, metavar="N", help="how many versions to keep")
+    serving_options.add(p, config="none: a commit holds none")
+    serving_options.add_recipe(p)
+    p.add_argument("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
+    run_options.add_limits(p)
+
+
+def _of_step(p: argparse.ArgumentParser, default: str) -> None:
+    p.add_argument("--step", type=int, metavar="N", help=f"the step (default: {default})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,6 +176,11 @@ def _verifying(bar: Progress, step: int, done: int, total: int, phase: str) -> N
 
 
 def _gc(manager: CheckpointManager, args: argparse.Namespace) -> int:
+    from ..manager.commits import LOCK
+
+    used = "://" in args.root or os.path.exists(os.path.join(args.root, LOCK))
+    if not used and not manager.listed():  # what looks torn there may be another program's
+        raise _no_commits(manager)
     gone = manager.surplus() if args.dry_run else manager.gc(aside=args.aside)
     said = "would go" if args.dry_run else "went"
     named = f"{counted(len(gone), 'commit')} {said}: {', '.join(map(str, gone)) or 'none'}"
@@ -210,7 +221,10 @@ def _publish(manager: CheckpointManager, args: argparse.Namespace) -> int:
     if args.back is not None:
         if args.dry_run:
             raise FastckptError("--dry-run: --back moves a link alone, there is no plan to print")
-        if given := [f"--{name}" for name in ("step", "part", "keep") if getattr(args, name) is not None]:
+        making = argparse.ArgumentParser()
+        _add_making(making)
+        dests = [dest for dest, value in vars(making.parse_args([])).items() if getattr(args, dest) != value]
+        if given := ["-L" if dest == "layout_option" else f"--{dest.replace('_', '-')}" for dest in dests]:
             raise FastckptError(f"--back {args.back}: moves a link alone; leave out {', '.join(given)}")
     if args.dry_run:
         step = _step(manager, args)

@@ -218,7 +218,7 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
         rank: sum(c.nbytes for n, c in claims[rank].items() if c.whole is None and n not in every)
         for rank in disk
     }
-    for name in sorted(every, key=lambda n: -claims[0][n].nbytes):
+    for name in sorted(every, key=lambda n: (-claims[0][n].nbytes, n)):  # one order in every process
         claim = claims[0][name]
         owner = min(disk, key=lambda r: (load[r], r))
         load[owner] += claim.nbytes

@@ -26,8 +26,8 @@ def found(ckpt: Checkpoint, given: str | os.PathLike[str] | Mapping[str, JSON] |
     if given is None:
         if ckpt.config is None:
             raise RecipeError(
-                f"{ckpt.path}: no config.json beside it; config= (--config) says where it is; layout same, "
-                "and a tp_plan= (--tp-plan), want none"
+                f"{ckpt.path}: no config.json beside it: config= (--config) says where one is; with layout "
+                "'same' or a tp_plan= (--tp-plan) none is needed"
             )
         return ckpt.config
     path = os.fspath(given)

@@ -28,7 +28,7 @@ from .dcp import NAME, later, located, nbytes
 from .dcp_metadata import Metadata, metadata
 from .megatron_args import args_of
 from .options import Options
-from .samples import OF_ONE, difference
+from .samples import COMPARED, OF_ONE, difference
 from .steps import HUB
 from .torchfile import Reader
 
@@ -136,12 +136,13 @@ def _chosen(found: Metadata, options: Options) -> tuple[dict[str, str], dict[str
     if bare := [name for name in narrow if name not in masters]:
         why = "its optimizer's copies have no names" if len(bare) == len(narrow) else f"such as {bare[0]}"
         notes = [f"no fp32 copy of {len(bare)} tensors, which are taken in 16 bits: {why}"]
-    for name in keys.keys() & masters.keys():
+    for name in [name for name in keys if name in masters]:  # in one order in every process
         own, master = found.tensors[keys[name]], found.tensors[masters[name]]
-        if own.shape != master.shape and not _in_parts(master.shape, own.shape):
+        fits = own.shape == master.shape or _in_parts(master.shape, own.shape)
+        if not fits or not COMPARED.keys() >= {own.dtype.name, master.dtype.name}:
             raise SourceError(
-                f"{master.key} is {[*master.shape]}, its tensor {[*own.shape]}; weights='module' (--weights "
-                "module) takes the 16-bit copy"
+                f"{master.key} is {master.dtype}{[*master.shape]}, its tensor {own.dtype}{[*own.shape]}; "
+                "weights='module' (--weights module) takes the latter"
             )
         copies[name], keys[name] = keys[name], masters[name]
     return keys, copies, notes, unread

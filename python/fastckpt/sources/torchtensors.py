@@ -12,6 +12,9 @@ from ..extents import Extents
 from .assembly import Strided
 from .torchfile import Inert, Tensor, TorchFile
 
+_REBUILDS = "torch._utils.", "torch._tensor."
+"""How the names of the functions begin that make tensors."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opened:
@@ -57,15 +60,13 @@ def refuse_unread(name: str, value: object) -> None:
     torch's extra state is no weight."""
     if name.endswith("_extra_state"):
         return
+    if isinstance(value, Inert) and not value.name.startswith("torch.") and _holds_tensor(value):
+        raise SourceError(
+            f"{name}: a tensor of another library's class (made by {value.name}), such as Transformer "
+            "Engine's fp8, or an object that holds tensors: not read; save each dense, by a name of its own"
+        )
     within = tuple(value.values()) if isinstance(value, dict) else value
-    if isinstance(value, Inert) and not value.name.startswith("torch."):
-        within = (*value.args, value.state)
     for held in within if isinstance(within, list | tuple) else ():
-        if isinstance(held, Tensor) and isinstance(value, Inert):
-            raise SourceError(
-                f"{name}: a tensor of another library's class (made by {value.name}), such as Transformer "
-                "Engine's fp8, is not read; save it dense"
-            )
         if isinstance(held, Tensor):
             raise SourceError(f"{name}: holds a tensor, where a state dict has each under a name of its own")
         refuse_unread(name, held)
@@ -84,6 +85,15 @@ def refuse_unread(name: str, value: object) -> None:
             )
         of = f" of {kinds[0]}" if kinds else ""
         raise SourceError(f"{name}: a tensor{of} made by {value.name} is not read; save it dense and whole")
+
+
+def _holds_tensor(value: object) -> bool:
+    """Whether a tensor, or what torch rebuilds one of, is anywhere in a value. What else of torch's stands in
+    an object of settings, a function or an enum, is none."""
+    if isinstance(value, Inert):
+        return value.name.startswith(_REBUILDS) or _holds_tensor([value.args, value.state, value.items])
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Tensor) or any(map(_holds_tensor, within))
 
 
 def place(t: Tensor) -> tuple[object, ...]:
