@@ -4,6 +4,7 @@ Ranks are threads that meet on the file system; test_distributed has processes w
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -110,6 +111,21 @@ def test_owners_are_the_same_in_every_process() -> None:
     same = {f"t{k:02}": Claim("float32", (4,), f"{k}") for k in range(20)}
     table = shared([same, same], range(2))
     assert [table[f"t{k:02}"].boxes[0][0] for k in range(20)] == [0, 1] * 10
+
+
+def test_ranks_that_do_not_agree_on_owners(
+    tmp_path: Path, as_ranks: AsRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would leave to another what that one leaves to it."""
+    calls = itertools.count()
+
+    def other(claims: Any, disk: Any) -> Any:
+        return shared(claims, disk) if next(calls) else {}
+
+    monkeypatch.setattr(saving, "shared", other)
+    with pytest.raises(ManagerError, match=r"ranks \[0, 1\] do not agree on which of them writes"):
+        as_ranks(2, tmp_path, lambda m: m.save(0, state(m.rank)))
+    assert not [e for e in os.listdir(tmp_path) if e.startswith(("step-", ".saving"))]
 
 
 def test_boxes_that_overlap() -> None:

@@ -17,8 +17,8 @@ import numpy as np
 
 from .. import __version__
 from ..checkpoint import JSON
-from ..digest import LEAF, combine, digest, digest64
-from ..errors import WriteError
+from ..digest import LEAF, combine, digest, digest64, values_digest
+from ..errors import ManagerError, WriteError
 from ..output.files import safetensors_layout
 from ..output.filesystem import as_write_errors
 from ..output.manifest import Origin, Record
@@ -113,8 +113,8 @@ class _Save:
         said = self._round(self._claim)
         self.claims = [{n: Claim.of(c) for n, c in s.items()} for s in said if isinstance(s, dict)]
         with ExitStack() as stack:
-            needed = self._round(lambda: self._open(stack))
-            self._round(lambda: self._reserve(sum(int(str(needed[r])) for r in self.disk.ranks)))
+            opened = self._round(lambda: self._open(stack))
+            self._round(lambda: self._reserve([str(opened[r]).split() for r in self.disk.ranks]))
             files: list[str] = []
             if self.request.engines:
                 self._round(self._run_engines)
@@ -146,7 +146,7 @@ class _Save:
         }
 
     def _open(self, stack: ExitStack) -> JSON:
-        """Begin the output, and say how many bytes this rank will write."""
+        """Begin the output; how many bytes this rank will write, and a digest of who writes what."""
         if not os.path.isdir(self.staging):
             raise WriteError(
                 f"{self.staging}: rank {self.disk.ranks[0]} made it and this rank does not see it: they do "
@@ -160,11 +160,17 @@ class _Save:
             if found is None or (rank, offset, piece.shape) in found.boxes:
                 self.mine.append(piece)
         stack.enter_context(self.output)
-        return sum(p.nbytes for p in self.mine)
+        return f"{sum(p.nbytes for p in self.mine)} {values_digest(self._table())}"
 
-    def _reserve(self, nbytes: int) -> JSON:
+    def _table(self) -> dict[str, JSON]:
+        return {name: t.json() for name, t in self.table.items()}
+
+    def _reserve(self, opened: list[list[str]]) -> JSON:
+        """Room for what the ranks of this disk write. Each worked out by itself who writes what."""
+        if len({table for _, table in opened}) > 1:
+            raise ManagerError(f"ranks {[*self.disk.ranks]} do not agree on which of them writes what")
         if self.disk.coordinator:
-            self.output.reserve(nbytes)
+            self.output.reserve(sum(int(nbytes) for nbytes, _ in opened))
         return None
 
     def _run_engines(self) -> JSON:
@@ -202,8 +208,7 @@ class _Save:
         }
         output.text(f"{rank_directory(rank)}/state.json", json.dumps(state).encode(), self.disk.index)
         if self.disk.coordinator:
-            table = {name: t.json() for name, t in self.table.items()}
-            output.text(TABLE, json.dumps(table).encode())
+            output.text(TABLE, json.dumps(self._table()).encode())
         engine_bytes = 0
         for name in engine_files:
             path = os.path.join(self.staging, ENGINES, name)
