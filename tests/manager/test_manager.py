@@ -519,6 +519,21 @@ def test_resume_step(tmp_path: Path) -> None:
         assert manager.resume_step() == 1
 
 
+def test_the_newest_is_found_without_the_records_of_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        for step in range(5):
+            manager.save(step, {})
+    (tmp_path / "step-00000004/rank-00000/state.json").unlink()
+    read: list[int] = []
+    real = Store.manifest
+    monkeypatch.setattr(Store, "manifest", lambda store, step: (read.append(step), real(store, step))[1])
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.latest() == 3
+    assert {*read} == {4, 3}
+
+
 def test_changed_names_are_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     with CheckpointManager(tmp_path) as manager:
         manager.save(0, {"a": torch.ones(1), "b": torch.ones(1)})

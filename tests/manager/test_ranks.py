@@ -82,6 +82,30 @@ def test_owners_share_the_work() -> None:
     assert max(load) - min(load) <= 400 and sum(load) == sum(c.nbytes for c in same.values())
 
 
+class Counted(dict[str, Claim]):
+    """A rank's claims, and how often one was asked for."""
+
+    asked = 0
+
+    def __getitem__(self, name: str) -> Claim:
+        Counted.asked += 1
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        Counted.asked += 1
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        Counted.asked += 1
+        return super().__contains__(name)
+
+
+def test_names_of_one_rank_are_not_looked_for_in_all_others() -> None:
+    parts = [Counted({f"{r}.{k}": Claim("int8", (1,), "d") for k in range(10)}) for r in range(50)]
+    assert shared(parts, range(50)) == {}
+    assert Counted.asked <= 500
+
+
 def test_owners_are_the_same_in_every_process() -> None:
     """Tensors of one size go to the ranks by their names: no rank asks another who writes what."""
     same = {f"t{k:02}": Claim("float32", (4,), f"{k}") for k in range(20)}

@@ -211,6 +211,19 @@ def test_refuses_a_rank_of_another_plan(tmp_path: Path) -> None:
     assert {n: contents(tmp_path)[n] for n in before} == before
 
 
+def test_no_other_ranks_records_are_read_before_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = part.Part._record
+    monkeypatch.setattr(part.Part, "_record", lambda self, rank: (read.append(rank), real(self, rank))[1])
+    for rank in (1, 2, 0):
+        write_part(tmp_path, rank, 1, world=4)
+    assert read == [1, 2, 0]  # each its own, whether it is done
+    write_part(tmp_path, 3, 1, world=4)
+    assert read[3:] == [3, 0, 1, 2, 3]
+
+
 def test_refuses_to_replace_what_it_reads(tmp_path: Path) -> None:
     write_whole(tmp_path / "out", 1)
     source = tmp_path / "out" / "rank-00"

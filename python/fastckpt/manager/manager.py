@@ -392,8 +392,8 @@ class CheckpointManager:
 
     def latest(self) -> int | None:
         """The newest step that stands whole on this disk."""
-        steps = self.steps()
-        return steps[-1] if steps else None
+        listed = reversed(self._store.steps())  # the records of older ones stay unread
+        return next((step for step in listed if self._store.commit(step) is not None), None)
 
     def best(self, metric: str | None = None, mode: str | None = None) -> int | None:
         """The best step by a metric (default: the manager's); None where no commit has it."""

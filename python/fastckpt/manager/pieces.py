@@ -7,7 +7,7 @@ cut over a mesh; what differs from rank to rank is each rank's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -208,8 +208,12 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
     `claims` by rank. Owners are chosen so that every rank writes about as much. Raises ManagerError where
     ranks that should hold the same box hold other bytes."""
     out = {}
-    names = sorted({n for c in claims for n in c})
-    every = {n for n in names if _same_everywhere([c.get(n) for c in claims])}
+    by_name: dict[str, dict[int, Claim]] = {}
+    for rank, said in enumerate(claims):
+        for name, claim in said.items():
+            by_name.setdefault(name, {})[rank] = claim
+    names = sorted(by_name)
+    every = {n for n in names if len(by_name[n]) == len(claims) and _alike(by_name[n].values())}
     load = {
         rank: sum(c.nbytes for n, c in claims[rank].items() if c.whole is None and n not in every)
         for rank in disk
@@ -221,7 +225,7 @@ def shared(claims: Sequence[Mapping[str, Claim]], disk: Sequence[int]) -> dict[s
         whole = (owner, (0,) * len(claim.shape), claim.shape)
         out[name] = Shared(BY_NAME[claim.dtype], claim.shape, (whole,), True)
     for name in names:
-        held = {rank: c[name] for rank, c in enumerate(claims) if name in c}
+        held = by_name[name]
         if any(claim.whole is not None for claim in held.values()):
             out[name] = _cut(name, held, load)
     return out
@@ -260,10 +264,10 @@ def _cut(name: str, held: Mapping[int, Claim], load: dict[int, int]) -> Shared:
     return Shared(BY_NAME[first.dtype], whole, tuple(placed), False)
 
 
-def _same_everywhere(claims: Sequence[Claim | None]) -> bool:
-    """Whether all ranks hold a tensor that is not cut, with the same bytes."""
-    first = claims[0]
-    return first is not None and first.whole is None and all(c == first for c in claims)
+def _alike(claims: Collection[Claim]) -> bool:
+    """Whether ranks hold a tensor that is not cut, with the same bytes."""
+    first = next(iter(claims))
+    return first.whole is None and all(c == first for c in claims)
 
 
 def sizes(values: Sequence[JSON]) -> tuple[int, ...]:

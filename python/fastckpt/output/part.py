@@ -129,6 +129,10 @@ class Part:
 
     def complete(self, manifest: Manifest) -> Manifest:
         """The commit record, written, if every rank's record is there; else `manifest`, this rank's own."""
+        with as_write_errors(self.path):
+            there = {rank_of(entry) for entry in os.listdir(self.path)}
+        if not there.issuperset(range(self.world)):
+            return manifest  # no other rank's record is read until the last has come
         parts = [record for r in range(self.world) if (record := self._record(r)) is not None]
         if len(parts) < self.world:
             return manifest
