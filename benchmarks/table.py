@@ -119,24 +119,30 @@ def _short(machine: str, runs: Sequence[dict[str, object]]) -> str:
             f"| {row.what} | {_name(row.shape)} | {_number(row.best)} {row.unit} | {_number(row.median)} "
             f"| {counted} |"
         )
+    if prints:
+        out += ["", *_footprints(prints)]
+    if judged := Counter(row.met for row in rows if row.goal):
+        out += [
+            "",
+            f"Of {judged.total()} goals {judged['yes']} are met, {judged['best']} more by the best round "
+            f"alone, and {judged['no']} are missed.",
+        ]
+    return "\n".join(out)
+
+
+def _footprints(prints: Sequence[Row]) -> list[str]:
+    """Memory and bytes read: a row for each kind of run, a column for each figure."""
     kinds = dict.fromkeys((row.what.partition(": ")[0], row.shape) for row in prints)
     columns = dict.fromkeys((row.what.partition(": ")[2], row.unit) for row in prints)
-    out += [
-        "",
+    found = {tuple(row.what.split(": ", 1)): f"{_number(row.best)} / {_number(row.median)}" for row in prints}
+    out = [
         f"| best / median of a run | input | {' | '.join(f'{what}, {unit}' for what, unit in columns)} |",
         "|---|---|" + "---|" * len(columns),
     ]
-    found = {tuple(row.what.split(": ", 1)): f"{_number(row.best)} / {_number(row.median)}" for row in prints}
     for kind, shape in kinds:
         cells = " | ".join(found.get((kind, what), "") for what, _ in columns)
         out.append(f"| {kind} | {_name(shape)} | {cells} |")
-    judged = Counter(row.met for row in rows if row.goal)
-    out += [
-        "",
-        f"Of {judged.total()} goals {judged['yes']} are met, {judged['best']} more by the best round alone, "
-        f"and {judged['no']} are missed.",
-    ]
-    return "\n".join(out)
+    return out
 
 
 def _name(shape: str) -> str:
