@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from fastckpt.cli import main
+from fastckpt.computed.adapters import Adapter
 from fastckpt.errors import FastckptError, LayoutError, SourceError
 from fastckpt.layouts import layout as layout_of
 from layouts import families, tiny
@@ -54,6 +55,15 @@ def test_merged_is_the_merged_model_in_every_layout(tmp_path, name, layout):
     want = fastckpt.reshard(whole(tensors, pairs), tp=2, config=config, layout=layout)
     for got, one in zip(fastckpt.reshard(base, tp=2, layout=layout, adapter=adapter), want, strict=True):
         equal(got, one)
+
+
+def test_the_modules_are_listed_a_few_times_however_many_there_are(tmp_path, monkeypatch):
+    """Not once for each of them: experts by the thousand may have an adapter."""
+    base, _, _, pairs = llama_like(tmp_path)
+    adapter, listed, adapted = write(tmp_path / "adapter", settings(), pairs), [], Adapter.adapted.fget
+    monkeypatch.setattr(Adapter, "adapted", property(lambda self: listed.append(1) or adapted(self)))
+    fastckpt.plan(base, adapter=adapter)
+    assert len(listed) < 8 < len(pairs)
 
 
 def test_rounded_once(tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -211,8 +212,10 @@ def merged(adapter: Adapter, dtype: DType | None) -> Checkpoint:
             return lambda: saved.entry.build().over(table, first).cast(kind)
         return lambda: entry.build().over(table)
 
+    changed = adapter.changed
+
     def entry_of(name: str, old: Entry) -> Entry:
-        kind = kind_of(old.dtype, dtype) if name in adapter.changed else old.dtype
+        kind = kind_of(old.dtype, dtype) if name in changed else old.dtype
         return Single(adapter.entry(name).shape, kind, build(name, old, kind), old.kind)
 
     modules = len(adapter.pairs) + len(adapter.stacks)
@@ -294,8 +297,9 @@ def _check(adapter: Adapter, config: Mapping[str, JSON]) -> None:
     if not adapter.changed:
         raise SourceError(f"{where}: holds no tensor of an adapter")
     tied = {*base.aliases, *base.aliases.values()}
+    rows = Counter(e.shape[0] for e in base.entries.values() if len(e.shape) == 2)
     for name in adapter.changed:
-        if name in tied or _may_be_tied(adapter, name, config):
+        if name in tied or _may_be_tied(adapter, name, config, rows):
             raise SourceError(
                 f"{where}: {name} is tied to another tensor, which would have to change with it; a base that "
                 "has both, with tie_word_embeddings false, has a place for it"
@@ -313,8 +317,9 @@ def _check(adapter: Adapter, config: Mapping[str, JSON]) -> None:
                 raise SourceError(f"{where}: {name}: {role} is {entry.dtype}, wanted {kinds}")
 
 
-def _may_be_tied(adapter: Adapter, name: str, config: Mapping[str, JSON]) -> bool:
+def _may_be_tied(adapter: Adapter, name: str, config: Mapping[str, JSON], rows: Mapping[int, int]) -> bool:
     """Whether a tensor is embedding and output matrix in one, as far as the base's config and names tell.
+    `rows`: how many of the base's matrices have so many.
 
     Where no table has as many rows as the config says (padded, or resized since), those of rows that few
     matrices have may be it: the others of a layer have their like in every layer."""
@@ -322,8 +327,7 @@ def _may_be_tied(adapter: Adapter, name: str, config: Mapping[str, JSON]) -> boo
     changed = base.entries.get(name) if saved is None else saved.entry
     if changed is None or len(changed.shape) != 2 or size is None:
         return False
-    rows = [e.shape[0] for e in base.entries.values() if len(e.shape) == 2]
-    alike = rows.count(changed.shape[0])
+    alike = rows.get(changed.shape[0], 0)
     if changed.shape[0] != size and (size in rows or alike > 2):
         return False
     said = config.get("tie_word_embeddings")
