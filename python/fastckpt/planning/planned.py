@@ -49,9 +49,12 @@ class Made:
         self.dtypes.extend([t.dtype for _, t in targets])
         self.shapes.extend([t.stored_shape for _, t in targets])
 
-    def of_rank(self, rank: int) -> Ints:
-        """The rows of one serving rank."""
-        return np.flatnonzero(np.array(self.ranks, np.int64) == rank)
+    def of_ranks(self, ranks: Sequence[int]) -> dict[int, Ints]:
+        """The rows of each of these serving ranks, in order: of thousands as fast as of one."""
+        every = np.array(self.ranks, np.int64)
+        order = np.argsort(every, kind="stable")
+        first, stop = (np.searchsorted(every[order], ranks, side).tolist() for side in ("left", "right"))
+        return {r: order[a:b] for r, a, b in zip(ranks, first, stop, strict=True)}
 
     def specs(self, rows: Ints) -> Specs:
         """These rows as files.py wants them."""

@@ -134,7 +134,7 @@ def draft(ckpt: Checkpoint, request: Request, *, in_memory: bool = False) -> Pla
     made, quantised = compiled.made, compiled.quantised
     if expansion is not None:
         expansion.scanned.update(q.name for q in quantised.values() if q.scanned)
-    rows = {r: made.of_rank(r) for r in ranks}
+    rows = made.of_ranks(ranks)
     names = {r: [made.names[i] for i in own.tolist()] for r, own in rows.items()}
     _require_findable(resolved, names, quantised.values())
     tied = {a: instead.get(h, h) for a, h in resolved.aliases.items()}
